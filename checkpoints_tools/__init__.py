@@ -1,0 +1,1 @@
+"""Reading and writing the Hub's checkpoint formats, without PyTorch."""

@@ -1,0 +1,178 @@
+"""Manifold-constrained hyper-connections (mHC): n residual streams mixed by doubly stochastic matrices.
+
+Formulas: spec 1.2 "hc_pre", "hc_post", "Final"; the paper's B is the transpose of the matrix C here. All of it is
+float32; streams are stored in the compute dtype. Letters: n streams, D hidden, M = (2 + n) n mixing outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fathom.layers.param import constant, normal, param
+
+GATE_INIT = 0.01
+"""Initial gating factor: mixing starts nearly static and learns to depend on the token."""
+
+COMB_DIAGONAL_INIT = 4.0
+"""Initial bias on the diagonal of the mixing logits: after Sinkhorn each stream keeps about 95% of itself."""
+
+
+class Mixing(NamedTuple):
+    """How one sublayer reads and writes the streams, float32, tokens last (Sinkhorn vectorises over them).
+
+    pre: [n, B, S] weights that collapse the streams; post: [n, B, S] weights of the sublayer's output;
+    comb: [n, n, B, S], comb[i, j] carries old stream i into new stream j.
+    """
+
+    pre_nBS: jax.Array
+    post_nBS: jax.Array
+    comb_nnBS: jax.Array
+
+
+def sinkhorn(logits_nnBS: jax.Array, iterations: int, eps: float) -> jax.Array:
+    """Softmax over columns j plus eps, then alternating column and row normalisation.
+
+    Args:
+      logits_nnBS: float32 [n, n, B, S], indexed [i, j].
+      iterations: total rounds; the first is the softmax followed by one normalisation over i.
+      eps: added after the softmax and to every denominator.
+
+    Returns:
+      float32 [n, n, B, S], nearly doubly stochastic, last normalised over i.
+    """
+    comb = jax.nn.softmax(logits_nnBS, axis=1) + eps
+    comb = comb / (jnp.sum(comb, axis=0, keepdims=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (jnp.sum(comb, axis=1, keepdims=True) + eps)
+        comb = comb / (jnp.sum(comb, axis=0, keepdims=True) + eps)
+    return comb
+
+
+def collapse(pre_nBS: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
+    """sum_i pre_i x_i in float32, cast to the streams' dtype: [B, S, D]."""
+    weights = jnp.moveaxis(pre_nBS, 0, -1)[..., None]
+    return jnp.sum(weights * streams_BSnD.astype(jnp.float32), axis=2).astype(streams_BSnD.dtype)
+
+
+def expand(mixing: Mixing, output_BSD: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
+    """New stream j = post_j * output + sum_i comb[i, j] * old stream i; float32 inside."""
+    post = jnp.moveaxis(mixing.post_nBS, 0, -1)[..., None]
+    out = post * output_BSD[:, :, None, :].astype(jnp.float32)
+    old = streams_BSnD.astype(jnp.float32)
+    # A sum of n broadcast products fuses into one pass over the streams; an einsum with a 4 x 4 matrix per
+    # token would become tiny batched matrix products.
+    for i in range(old.shape[2]):
+        column = jnp.moveaxis(mixing.comb_nnBS[i], 0, -1)[..., None]
+        out = out + column * old[:, :, i : i + 1, :]
+    return out.astype(streams_BSnD.dtype)
+
+
+def _mix_logits(streams_BSnD: jax.Array, fn_MnD: jax.Array, eps: float) -> jax.Array:
+    """(flattened streams @ fn) scaled by the reciprocal root mean square, float32 [M, B, S]."""
+    x = streams_BSnD.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=(2, 3))
+    logits = jnp.einsum(
+        "bsnd,mnd->mbs", x, fn_MnD, precision=jax.lax.Precision.HIGHEST
+    )
+    return logits * jax.lax.rsqrt(mean_square + eps)
+
+
+class HyperConnection(nnx.Module):
+    """Computes a sublayer's `Mixing` from the streams.
+
+    Attributes (all float32 whatever the parameter dtype):
+      fn: [(2 + n) n, n, D]; base: [(2 + n) n]; scale: [3], one factor each for pre, post and comb.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        num_streams: int,
+        hidden_size: int,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
+        stddev: float,
+    ):
+        n = num_streams
+        self.iterations, self.eps, self.norm_eps = iterations, eps, norm_eps
+        size = (2 + n) * n
+        self.fn = param(
+            rngs.params(),
+            (size, n, hidden_size),
+            normal(stddev),
+            axes=(None, None, "embed"),
+            dtype="float32",
+        )
+        self.base = param(
+            rngs.params(), (size,), _base_init(n), axes=(None,), dtype="float32"
+        )
+        self.scale = param(
+            rngs.params(), (3,), constant(GATE_INIT), axes=(None,), dtype="float32"
+        )
+
+    def __call__(self, streams_BSnD: jax.Array) -> Mixing:
+        n = streams_BSnD.shape[2]
+        logits = _mix_logits(streams_BSnD, self.fn[...], self.norm_eps)
+        base = self.base[...][:, None, None]
+        scale = self.scale[...]
+        pre = jax.nn.sigmoid(logits[:n] * scale[0] + base[:n]) + self.eps
+        post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base[n : 2 * n])
+        comb = logits[2 * n :] * scale[2] + base[2 * n :]
+        comb = comb.reshape(n, n, *comb.shape[1:])
+        # The forty intermediate matrices of Sinkhorn are recomputed in the backward, never stored.
+        normalise = jax.checkpoint(lambda c: sinkhorn(c, self.iterations, self.eps))
+        return Mixing(pre, post, normalise(comb))
+
+
+def _base_init(n: int):
+    """pre sums to one over the streams, post is one, comb is near the identity."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        pre = jnp.full((n,), -jnp.log(n - 1.0) if n > 1 else 10.0)
+        comb = jnp.eye(n) * COMB_DIAGONAL_INIT
+        return jnp.concatenate([pre, jnp.zeros((n,)), comb.reshape(-1)]).astype(dtype)
+
+    return init
+
+
+class HyperHead(nnx.Module):
+    """Collapses the streams after the last block: sum_i (sigmoid(logit_i * scale + base_i) + eps) x_i.
+
+    Attributes (float32): fn [n, n, D], base [n], scale [1].
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        num_streams: int,
+        hidden_size: int,
+        eps: float,
+        norm_eps: float,
+        stddev: float,
+    ):
+        n = num_streams
+        self.eps, self.norm_eps = eps, norm_eps
+        self.fn = param(
+            rngs.params(),
+            (n, n, hidden_size),
+            normal(stddev),
+            axes=(None, None, "embed"),
+            dtype="float32",
+        )
+        start = constant(float(-jnp.log(n - 1.0)) if n > 1 else 10.0)
+        self.base = param(rngs.params(), (n,), start, axes=(None,), dtype="float32")
+        self.scale = param(
+            rngs.params(), (1,), constant(GATE_INIT), axes=(None,), dtype="float32"
+        )
+
+    def __call__(self, streams_BSnD: jax.Array) -> jax.Array:
+        logits = _mix_logits(streams_BSnD, self.fn[...], self.norm_eps)
+        pre = jax.nn.sigmoid(logits * self.scale[...] + self.base[...][:, None, None]) + self.eps
+        return collapse(pre, streams_BSnD)

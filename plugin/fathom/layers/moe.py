@@ -1,0 +1,330 @@
+"""Mixture of experts: routed experts without token dropping, a shared expert, and expert parallelism.
+
+Letters: B batch, S sequence, D hidden, E experts, F expert hidden, K experts per token; inside a shard T tokens,
+A = T * K assignments of a token to an expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from fathom.layers.linear import Linear
+from fathom.layers.param import normal, param
+from fathom.layers.router import (
+    HashRouter,
+    LearnedRouter,
+    expert_load,
+    sequence_balance_loss,
+)
+from fathom.mesh import active_rules, axis_size, constrain, mesh_axes, partition_spec
+from fathom.ops.grouped_matmul import align_varying, grouped_matmul
+
+_IN_AXES = ("expert", "embed", "expert_mlp")
+_OUT_AXES = ("expert", "expert_mlp", "embed")
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
+    """silu(min(gate, L)) * clip(up, -L, L); a limit of 0 or None clamps nothing."""
+    if limit:
+        gate = jnp.minimum(gate, limit)
+        up = jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+class SharedExpert(nnx.Module):
+    """The SwiGLU that every token passes through.
+
+    Attributes:
+      w1 (gate), w3 (up): [D, F]. w2 (down): [F, D].
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        limit: float | None,
+        init_std: float,
+        param_dtype: str = "float32",
+    ):
+        self.limit = limit
+        common = dict(stddev=init_std, dtype=param_dtype)
+        inner, outer = (hidden_size, intermediate_size), (intermediate_size, hidden_size)
+        self.w1 = Linear(rngs, inner, ("embed", "mlp"), **common)
+        self.w3 = Linear(rngs, inner, ("embed", "mlp"), **common)
+        self.w2 = Linear(rngs, outer, ("mlp", "embed"), **common)
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """[B, S, D] -> float32 [B, S, D]; products in x's dtype, activation in float32."""
+        gate = self.w1.contract("bsd,df->bsf", x_BSD, jnp.float32)
+        up = self.w3.contract("bsd,df->bsf", x_BSD, jnp.float32)
+        hidden = swiglu(gate, up, self.limit).astype(x_BSD.dtype)
+        hidden = constrain(hidden, ("act_batch", "act_sequence", "act_mlp"))
+        return self.w2.contract("bsf,fd->bsd", hidden, jnp.float32)
+
+
+class Experts(nnx.Module):
+    """The routed experts, dropless: every token reaches every expert it was routed to.
+
+    Under a `sharding_scope` the computation is one `jax.shard_map` over the whole mesh. Mesh axes that split
+    both the tokens and the experts all-gather the tokens, each shard computes its own experts for all of them,
+    and the sums are scattered back: exact, with static shapes. Weights enter whole in D.
+
+    Attributes:
+      w1 (gate), w3 (up): [E, D, F]. w2 (down): [E, F, D].
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        limit: float | None,
+        init_std: float,
+        param_dtype: str = "float32",
+        implementation: str = "auto",
+    ):
+        self.limit, self.implementation = limit, implementation
+        inner = (num_experts, hidden_size, intermediate_size)
+        outer = (num_experts, intermediate_size, hidden_size)
+
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Variable:
+            return param(rngs.params(), shape, normal(init_std), axes=axes, dtype=param_dtype)
+
+        self.w1, self.w3 = weight(inner, _IN_AXES), weight(inner, _IN_AXES)
+        self.w2 = weight(outer, _OUT_AXES)
+
+    def __call__(
+        self, x_BSD: jax.Array, indices_BSK: jax.Array, weights_BSK: jax.Array
+    ) -> jax.Array:
+        """The weighted sum of each token's experts.
+
+        Args:
+          x_BSD: tokens; the products run in this dtype.
+          indices_BSK: int32 expert ids. weights_BSK: float32, applied before w2.
+
+        Returns:
+          float32 [B, S, D].
+
+        Raises:
+          ValueError: when the mesh does not divide the batch, the sequence, the experts or their width.
+        """
+        compute = functools.partial(
+            _expert_shard, limit=self.limit, implementation=self.implementation
+        )
+        w1, w3, w2 = (
+            # Constrained after the cast, so that what is gathered over fsdp is in the compute dtype.
+            constrain(weight[...].astype(x_BSD.dtype), axes)
+            for weight, axes in ((self.w1, _IN_AXES), (self.w3, _IN_AXES), (self.w2, _OUT_AXES))
+        )
+        if active_rules() is None or jax.sharding.get_abstract_mesh().empty:
+            return compute(x_BSD, indices_BSK, weights_BSK, w1, w3, w2)
+        _check_divisible(x_BSD.shape, w1.shape)
+        experts, width = mesh_axes("expert"), mesh_axes("expert_mlp")
+        split = (*mesh_axes("act_batch"), *mesh_axes("act_sequence"))
+        compute = functools.partial(
+            compute,
+            expert_axes=experts,
+            gather_axes=tuple(axis for axis in (*experts, *width) if axis in split),
+            sum_axes=tuple(axis for axis in (*experts, *width) if axis not in split),
+        )
+        tokens = partition_spec(("act_batch", "act_sequence", None), name="tokens")
+        into, out_of = (_spec(("expert", None, "expert_mlp")), _spec(("expert", "expert_mlp", None)))
+        sharded = jax.shard_map(
+            compute, in_specs=(tokens, tokens, tokens, into, into, out_of), out_specs=tokens
+        )
+        return sharded(x_BSD, indices_BSK, weights_BSK, w1, w3, w2)
+
+
+def _spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    return partition_spec(logical_axes, name="expert weight")
+
+
+def _check_divisible(tokens: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    checks = (
+        ("batch size", tokens[0], "act_batch"),
+        ("sequence length", tokens[1], "act_sequence"),
+        ("number of experts", weight[0], "expert"),
+        ("expert width", weight[2], "expert_mlp"),
+    )
+    for name, size, logical in checks:
+        if size % axis_size(logical):
+            raise ValueError(
+                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh axes "
+                f"{mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
+            )
+
+
+def _expert_shard(
+    x_BSD: jax.Array,
+    indices_BSK: jax.Array,
+    weights_BSK: jax.Array,
+    w1_EDF: jax.Array,
+    w3_EDF: jax.Array,
+    w2_EFD: jax.Array,
+    *,
+    limit: float | None,
+    implementation: str,
+    expert_axes: tuple[str, ...] = (),
+    gather_axes: tuple[str, ...] = (),
+    sum_axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """What one shard computes: its experts, for its tokens and those of the shards it exchanges with."""
+
+    def flat(array: jax.Array) -> jax.Array:
+        array = array.reshape(-1, array.shape[-1])
+        if gather_axes:
+            array = jax.lax.all_gather(array, gather_axes, axis=0, tiled=True)
+        return array
+
+    first = jax.lax.axis_index(expert_axes) * w1_EDF.shape[0] if expert_axes else 0
+    y_TD = local_experts(
+        flat(x_BSD),
+        flat(indices_BSK) - first,
+        flat(weights_BSK),
+        w1_EDF,
+        w3_EDF,
+        w2_EFD,
+        limit=limit,
+        implementation=implementation,
+    )
+    if gather_axes:
+        y_TD = jax.lax.psum_scatter(y_TD, gather_axes, scatter_dimension=0, tiled=True)
+    if sum_axes:
+        y_TD = jax.lax.psum(y_TD, sum_axes)
+    return y_TD.reshape(x_BSD.shape)
+
+
+def local_experts(
+    x_TD: jax.Array,
+    indices_TK: jax.Array,
+    weights_TK: jax.Array,
+    w1_EDF: jax.Array,
+    w3_EDF: jax.Array,
+    w2_EFD: jax.Array,
+    *,
+    limit: float | None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """The weighted sum over each token's experts that are among the E given ones.
+
+    Args:
+      indices_TK: int32; ids outside [0, E) belong to experts held elsewhere and contribute nothing.
+
+    Returns:
+      float32 [T, D].
+    """
+    num_experts, top_k = w1_EDF.shape[0], indices_TK.shape[1]
+    expert_A = indices_TK.reshape(-1)
+    expert_A = jnp.where((expert_A >= 0) & (expert_A < num_experts), expert_A, num_experts)
+    sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    order_A = jnp.argsort(expert_A, stable=True)
+    inverse_A = jnp.argsort(order_A)
+
+    rows_AD = _dispatch(*align_varying(x_TD, order_A, inverse_A), top_k)
+    weight_A = _permute(*align_varying(weights_TK.reshape(-1), order_A, inverse_A))
+    gate_AF = grouped_matmul(rows_AD, w1_EDF, sizes_E, implementation)
+    up_AF = grouped_matmul(rows_AD, w3_EDF, sizes_E, implementation)
+    # The routing weight goes in before w2, in float32: after it, the rounding of a low-precision product
+    # would differ from the released inference code.
+    hidden_AF = (swiglu(gate_AF, up_AF, limit) * weight_A[:, None]).astype(x_TD.dtype)
+    out_AD = grouped_matmul(hidden_AF, w2_EFD, sizes_E, implementation)
+    return _combine(*align_varying(out_AD, order_A, inverse_A), top_k)
+
+
+# Sorting assignments by expert is a permutation, so the gradient of a gather is the gather by the inverse
+# permutation. Autodiff would write a scatter-add, which is slow and, in low precision, depends on the order.
+
+
+@jax.custom_vjp
+def _permute(values_A, order_A, inverse_A):
+    return values_A[order_A]
+
+
+_permute.defvjp(
+    lambda values, order, inverse: (values[order], inverse),
+    lambda inverse, g: (g[inverse], None, None),
+)
+
+
+def _gather_rows(x_TD, order_A, top_k):
+    return x_TD[order_A // top_k]
+
+
+def _sum_rows(rows_AD, inverse_A, top_k):
+    rows_TKD = rows_AD[inverse_A].reshape(-1, top_k, rows_AD.shape[-1])
+    return jnp.sum(rows_TKD, axis=1, dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x_TD, order_A, inverse_A, top_k):
+    """Each assignment's token, sorted by expert: [T, D] -> [A, D]."""
+    return _gather_rows(x_TD, order_A, top_k)
+
+
+_dispatch.defvjp(
+    lambda x, order, inverse, top_k: (_gather_rows(x, order, top_k), inverse),
+    lambda top_k, inverse, g: (_sum_rows(g, inverse, top_k).astype(g.dtype), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(rows_AD, order_A, inverse_A, top_k):
+    """The sum of each token's rows, in float32: [A, D] -> [T, D]; the transpose of `_dispatch`."""
+    return _sum_rows(rows_AD, inverse_A, top_k)
+
+
+_combine.defvjp(
+    lambda rows, order, inverse, top_k: (_sum_rows(rows, inverse, top_k), order),
+    lambda top_k, order, g: (_gather_rows(g, order, top_k), None, None),
+)
+
+
+class MoEStats(NamedTuple):
+    """What the training loop reads off a layer.
+
+    Attributes:
+      load: float32 [E], valid tokens per expert. balance: float32 scalar, the balance loss summed over valid
+        tokens; None where a hash table routes.
+    """
+
+    load: jax.Array
+    balance: jax.Array | None
+
+
+class MoE(nnx.Module):
+    """Router, routed experts and shared expert of one layer."""
+
+    def __init__(
+        self, router: LearnedRouter | HashRouter, experts: Experts, shared: SharedExpert
+    ):
+        self.router, self.experts, self.shared = router, experts, shared
+
+    def __call__(
+        self, x_BSD: jax.Array, tokens_BS: jax.Array, segment_ids_BS: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats]:
+        """[B, S, D] -> ([B, S, D] in x's dtype, statistics).
+
+        Args:
+          x_BSD: normalised hidden states. tokens_BS: input ids, read by a hash router.
+          segment_ids_BS: int32 documents, 0 is padding, which the statistics leave out; None: one per row.
+        """
+        routing = self.router(x_BSD, tokens_BS)
+        routed = self.experts(x_BSD, routing.indices_BSK, routing.weights_BSK)
+        y_BSD = (routed + self.shared(x_BSD)).astype(x_BSD.dtype)
+        y_BSD = constrain(y_BSD, ("act_batch", "act_sequence", "act_embed"))
+        valid = None if segment_ids_BS is None else segment_ids_BS > 0
+        load = expert_load(routing.indices_BSK, valid, routing.scores_BSE.shape[-1])
+        learned = isinstance(self.router, LearnedRouter)
+        balance = sequence_balance_loss(routing, segment_ids_BS) if learned else None
+        return y_BSD, MoEStats(load, balance)

@@ -1,0 +1,26 @@
+"""Activation checkpointing of a block, by policy name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_policies
+
+_POLICIES = {
+    "full": checkpoint_policies.nothing_saveable,
+    "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": checkpoint_policies.save_only_these_names("attention", "selected_entries"),
+}
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """`function` with its activations recomputed in the backward, except what the policy saves.
+
+    Args:
+      policy: "none" saves everything; "full" saves only the inputs; "dots" saves matrix products without batch
+        dimensions; "attention" saves the attention outputs and the selected entries.
+    """
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=_POLICIES[policy])

@@ -1,0 +1,250 @@
+"""Which experts a token goes to and with what weight, and the statistics that keep experts balanced.
+
+Scores are sqrt(softplus(x W)), in float32 from both operands on (spec 1.2 "MoE"): a product in bfloat16 ties
+and flips experts. Selection is either learned, by score plus a bias that only ever selects, or a fixed table
+from token id to experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fathom.layers.param import HashTable, RouterBias, constant, normal, param
+from fathom.mesh import constrain
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+      indices_BSK: int32 expert ids, distinct within a token.
+      weights_BSK: float32, summing to the routed scale; they carry the gradient to the router.
+      scores_BSE: float32, positive, without the selection bias.
+    """
+
+    indices_BSK: jax.Array
+    weights_BSK: jax.Array
+    scores_BSE: jax.Array
+
+
+def sqrt_softplus(x: jax.Array) -> jax.Array:
+    """sqrt(softplus(x)), exact in float32 and with a finite gradient for any finite x."""
+    # Below -20 softplus(x) = exp(x) in float32; its square root taken directly would divide 0 by 0 in the
+    # gradient where exp(x) underflows.
+    tail = x < -20.0
+    return jnp.where(
+        tail, jnp.exp(0.5 * x), jnp.sqrt(jax.nn.softplus(jnp.where(tail, 0.0, x)))
+    )
+
+
+def router_scores(x_BSD: jax.Array, weight_DE: jax.Array) -> jax.Array:
+    """float32 [B, S, E]: sqrt(softplus(x W)), both operands in float32 at the highest precision."""
+    logits = jnp.einsum(
+        "bsd,de->bse",
+        x_BSD.astype(jnp.float32),
+        weight_DE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return constrain(sqrt_softplus(logits), ("act_batch", "act_sequence", None))
+
+
+def routing_from(scores_BSE: jax.Array, indices_BSK: jax.Array, scale: float) -> Routing:
+    """The routing to the given experts: weights are their scores over the scores' sum, times `scale`."""
+    experts = jnp.arange(scores_BSE.shape[-1], dtype=indices_BSK.dtype)
+    # One masked sum per choice: its gradient is a select, where a gather's is a scatter-add.
+    chosen = [
+        jnp.sum(jnp.where(indices_BSK[..., k, None] == experts, scores_BSE, 0.0), axis=-1)
+        for k in range(indices_BSK.shape[-1])
+    ]
+    weights = jnp.stack(chosen, axis=-1)
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True) * scale
+    return Routing(indices_BSK, weights, scores_BSE)
+
+
+class LearnedRouter(nnx.Module):
+    """Selects the top_k of scores + bias; ties go to the lowest expert id.
+
+    Attributes:
+      weight: [D, E]. bias: RouterBias float32 [E], starts at 0; selects, never weighs, has no gradient.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        scale: float,
+        init_std: float,
+        param_dtype: str = "float32",
+    ):
+        _check_top_k(top_k, num_experts)
+        self.top_k, self.scale = top_k, scale
+        self.weight = _router_weight(rngs, hidden_size, num_experts, init_std, param_dtype)
+        self.bias = param(
+            rngs.params(),
+            (num_experts,),
+            constant(0.0),
+            axes=("router_experts",),
+            dtype="float32",
+            kind=RouterBias,
+        )
+
+    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array) -> Routing:
+        """[B, S, D] -> Routing; `tokens_BS` is not used."""
+        del tokens_BS
+        scores = router_scores(x_BSD, self.weight[...])
+        _, indices = jax.lax.top_k(jax.lax.stop_gradient(scores + self.bias[...]), self.top_k)
+        return routing_from(scores, indices.astype(jnp.int32), self.scale)
+
+
+class HashRouter(nnx.Module):
+    """Selects by a fixed table from token id to experts; the learned scores only weigh them.
+
+    Attributes:
+      weight: [D, E]. tid2eid: HashTable int32 [V, K], see `balanced_hash_table`.
+    """
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        scale: float,
+        vocab_size: int,
+        init_std: float,
+        param_dtype: str = "float32",
+    ):
+        _check_top_k(top_k, num_experts)
+        self.scale = scale
+        self.weight = _router_weight(rngs, hidden_size, num_experts, init_std, param_dtype)
+        self.tid2eid = param(
+            rngs.params(),
+            (vocab_size, top_k),
+            lambda key, shape, dtype: balanced_hash_table(key, *shape, num_experts).astype(dtype),
+            axes=("hash_vocab", None),
+            dtype="int32",
+            kind=HashTable,
+        )
+
+    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array) -> Routing:
+        """[B, S, D] and token ids [B, S] -> Routing."""
+        scores = router_scores(x_BSD, self.weight[...])
+        indices = self.tid2eid[...][tokens_BS]
+        indices = constrain(indices, ("act_batch", "act_sequence", None))
+        return routing_from(scores, indices, self.scale)
+
+
+def _check_top_k(top_k: int, num_experts: int) -> None:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"num_experts_per_tok: found {top_k}, expected 1 to num_experts = {num_experts}"
+        )
+
+
+def _router_weight(rngs, hidden_size, num_experts, init_std, param_dtype) -> nnx.Variable:
+    return param(
+        rngs.params(),
+        (hidden_size, num_experts),
+        normal(init_std),
+        axes=("embed", "router_experts"),
+        dtype=param_dtype,
+    )
+
+
+def balanced_hash_table(
+    key: jax.Array, vocab_size: int, top_k: int, num_experts: int
+) -> jax.Array:
+    """A random table int32 [V, K] that loads the experts evenly and never names one twice in a row.
+
+    Token ids are shuffled and dealt in runs of E. Within a run, choice k of the j-th token is
+    `shuffled[(j + offset_k) mod E]` with distinct offsets, so each choice is a permutation of the experts: the
+    run uses every expert exactly K times.
+    """
+    key_tokens, key_experts, key_offsets = jax.random.split(key, 3)
+    num_runs = -(-vocab_size // num_experts)
+
+    def shuffles(key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, num_runs)
+        return jax.vmap(lambda k: jax.random.permutation(k, num_experts))(keys)
+
+    experts_RE = shuffles(key_experts)
+    offsets_RK = shuffles(key_offsets)[:, :top_k]
+    rank = jax.random.permutation(key_tokens, vocab_size)
+    run, place = rank // num_experts, rank % num_experts
+    slot_VK = (place[:, None] + offsets_RK[run]) % num_experts
+    return experts_RE[run[:, None], slot_VK].astype(jnp.int32)
+
+
+def _chosen_BSE(indices_BSK: jax.Array, num_experts: int) -> jax.Array:
+    """float32 1 where the token goes to the expert."""
+    experts = jnp.arange(num_experts, dtype=indices_BSK.dtype)
+    return jnp.sum(indices_BSK[..., None] == experts, axis=-2, dtype=jnp.float32)
+
+
+def expert_load(
+    indices_BSK: jax.Array, mask_BS: jax.Array | None, num_experts: int
+) -> jax.Array:
+    """How many valid tokens chose each expert, float32 [E]; it sums to K times the number of valid tokens.
+
+    Args:
+      mask_BS: True or 1 where the token counts; None counts all of them.
+    """
+    chosen = _chosen_BSE(indices_BSK, num_experts)
+    if mask_BS is not None:
+        chosen = chosen * mask_BS.astype(jnp.float32)[..., None]
+    return jnp.sum(chosen, axis=(0, 1))
+
+
+def sequence_balance_loss(routing: Routing, segment_ids_BS: jax.Array | None) -> jax.Array:
+    """Sequence-wise balance loss of DeepSeek-V3 (eq. 17-20), per document, summed over valid tokens.
+
+    With s' = scores / sum(scores), f_i = E / (K T) * (tokens of the document that chose i) and P_i the mean of
+    s'_i over the document's T tokens, a document contributes T * sum_i f_i P_i. Divide the sum by the number of
+    valid tokens for the token-weighted mean. No gradient flows through the counts.
+
+    Args:
+      segment_ids_BS: a document is a run of equal non-zero ids; 0 is padding, which takes part in nothing.
+        None makes each row one document.
+
+    Returns:
+      float32 scalar.
+    """
+    scores, (batch, length, top_k) = routing.scores_BSE, routing.indices_BSK.shape
+    num_experts = scores.shape[-1]
+    share = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    # Counts need whole rows. Gathering the ids over a split sequence is cheaper than gathering counts.
+    indices = constrain(routing.indices_BSK, ("act_batch", None, None))
+    chosen = _chosen_BSE(indices, num_experts)
+    if segment_ids_BS is None:
+        fraction = jnp.sum(chosen, axis=1, keepdims=True) / length
+        fraction = jnp.broadcast_to(fraction, chosen.shape)
+    else:
+        fraction = _document_mean(chosen, constrain(segment_ids_BS, ("act_batch", None)))
+        share = jnp.where((segment_ids_BS > 0)[..., None], share, 0.0)
+    fraction = constrain(fraction, ("act_batch", "act_sequence", None))
+    return jnp.sum(share * jax.lax.stop_gradient(fraction)) * (num_experts / top_k)
+
+
+def _document_mean(values_BSE: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+    """At each token the mean of `values` over the token's document."""
+    batch, length = segment_ids_BS.shape
+    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    edge = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    outer = jnp.ones((batch, 1), bool)
+    starts = jnp.where(jnp.concatenate([outer, edge], axis=1), index, 0)
+    ends = jnp.where(jnp.concatenate([edge, outer], axis=1), index + 1, length)
+    start = jax.lax.cummax(starts, axis=1)
+    end = jax.lax.cummin(ends, axis=1, reverse=True)
+    before = jnp.pad(jnp.cumsum(values_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
+    total = jnp.take_along_axis(before, end[..., None], axis=1) - jnp.take_along_axis(
+        before, start[..., None], axis=1
+    )
+    return total / (end - start)[..., None].astype(jnp.float32)

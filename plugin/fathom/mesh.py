@@ -1,0 +1,215 @@
+"""Device meshes, logical-axis rules, and the one helper that constrains an activation.
+
+A weight or an activation names its dimensions with logical axes ("embed", "heads", "act_batch", ...). A
+*sharding preset* is a plain mapping from logical axis to mesh axis (a name, a tuple of names, or None). Nothing
+else in Fathom names a mesh axis. Meshes use Auto axis types: XLA propagates what is not constrained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+"""Mesh axes, outermost first. `data` replicates weights, `fsdp` shards them, `expert` holds different
+experts, `tensor` splits heads and channels, `context` splits the sequence."""
+
+MeshAxes = str | tuple[str, ...] | None
+Rules = Mapping[str, MeshAxes]
+
+_active_rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar(
+    "fathom_rules", default=None
+)
+
+
+def _mesh_sizes(shape: Mapping[str, int]) -> tuple[int, ...]:
+    unknown = sorted(set(shape) - set(AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axes {unknown}; the mesh axes are {list(AXES)}")
+    sizes = tuple(int(shape.get(axis, 1)) for axis in AXES)
+    if min(sizes) < 1:
+        raise ValueError(f"mesh axis sizes must be at least 1, found {dict(shape)}")
+    return sizes
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all five axes (missing ones have size 1).
+
+    Args:
+      shape: mesh axis -> size; the product must equal the number of devices.
+      devices: the devices to use, all of `jax.devices()` unless given.
+
+    Raises:
+      ValueError: for an unknown axis, or when the product does not match the device count.
+    """
+    sizes = _mesh_sizes(shape)
+    devices = list(jax.devices() if devices is None else devices)
+    if math.prod(sizes) != len(devices):
+        named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"the mesh ({named}) needs {math.prod(sizes)} devices, found {len(devices)}; "
+            "change the mesh sizes so that their product is the number of devices"
+        )
+    auto = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "cpu":
+        return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
+    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, for tracing and lowering a program at any size."""
+    return AbstractMesh(_mesh_sizes(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def sharding_scope(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
+    """Makes `mesh` the current mesh and `rules` the active logical-axis rules.
+
+    Everything that traces a model under a mesh runs inside this scope. Without it models are plain
+    single-device mathematics and `constrain` does nothing.
+
+    Raises:
+      ValueError: when a rule names an axis that the mesh does not have.
+    """
+    for logical, axes in rules.items():
+        missing = [axis for axis in _as_tuple(axes) if axis not in mesh.axis_names]
+        if missing:
+            raise ValueError(
+                f"sharding rule {logical!r} -> {axes!r} names mesh axes {missing}, "
+                f"the mesh has {list(mesh.axis_names)}"
+            )
+    token = _active_rules.set(rules)
+    set_mesh = (
+        jax.sharding.use_abstract_mesh(mesh)
+        if isinstance(mesh, AbstractMesh)
+        else jax.set_mesh(mesh)
+    )
+    try:
+        with set_mesh:
+            yield
+    finally:
+        _active_rules.reset(token)
+
+
+def active_rules() -> Rules | None:
+    """The rules of the innermost `sharding_scope`, or None outside of one."""
+    return _active_rules.get()
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def mesh_axes(logical: str | None, rules: Rules | None = None) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over under the active (or given) rules.
+
+    Raises:
+      ValueError: when the rules do not mention the logical axis.
+    """
+    rules = active_rules() if rules is None else rules
+    if logical is None or rules is None:
+        return ()
+    if logical not in rules:
+        raise ValueError(
+            f"logical axis {logical!r} is not in the sharding preset; "
+            f"it knows {sorted(rules)}; add {logical!r} to it (None keeps the dimension whole)"
+        )
+    return _as_tuple(rules[logical])
+
+
+def axis_size(logical: str | None) -> int:
+    """Into how many pieces the active rules cut a dimension with this logical axis."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in mesh_axes(logical))
+
+
+def partition_spec(
+    logical_axes: Sequence[str | None], rules: Rules | None = None, name: str = "array"
+) -> PartitionSpec:
+    """Maps logical axes to a PartitionSpec under the active (or given) rules.
+
+    Raises:
+      ValueError: when two dimensions land on the same mesh axis, naming the array, or a logical axis is unknown.
+    """
+    per_dim = [mesh_axes(axis, rules) for axis in logical_axes]
+    flat = [axis for axes in per_dim for axis in axes]
+    twice = sorted({axis for axis in flat if flat.count(axis) > 1})
+    if twice:
+        raise ValueError(
+            f"{name} with logical axes {tuple(logical_axes)} would be split twice over mesh axes "
+            f"{twice}; map one of its logical axes to None in the sharding preset"
+        )
+    entries = [axes if len(axes) > 1 else (axes[0] if axes else None) for axes in per_dim]
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
+    """Constrains an activation's sharding under the active rules; the identity outside of a scope.
+
+    Works under Auto meshes (a constraint) and under Explicit ones (a reshard).
+    """
+    if active_rules() is None:
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    if len(logical_axes) != x.ndim:
+        raise ValueError(
+            f"constrain: {len(logical_axes)} logical axes {tuple(logical_axes)} for an array of "
+            f"shape {x.shape}"
+        )
+    spec = partition_spec(logical_axes, name="activation")
+    if mesh.are_all_axes_auto:
+        return jax.lax.with_sharding_constraint(x, spec)
+    return jax.reshard(x, spec)
+
+
+def variable_axes(variable: nnx.Variable) -> tuple[str | None, ...] | None:
+    """The logical axes that a weight declared where it was made, or None."""
+    return variable.get_metadata().get("out_sharding")
+
+
+def state_shardings(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+    """A NamedSharding for every variable of an (abstract) NNX state, in a tree of the same structure.
+
+    Raises:
+      ValueError: naming the weight, when a dimension is not divisible by the mesh axes it maps to, when two
+        dimensions map to one mesh axis, or when the preset does not know a logical axis.
+    """
+    sizes = dict(mesh.shape)
+
+    def one(path, variable):
+        name = "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        value = variable.get_value()
+        axes = variable_axes(variable)
+        if axes is None:
+            return variable.replace(NamedSharding(mesh, PartitionSpec()))
+        spec = partition_spec(axes, rules, name)
+        for dim, entry in zip(value.shape, spec, strict=True):
+            pieces = math.prod(sizes[axis] for axis in _as_tuple(entry))
+            if dim % pieces:
+                raise ValueError(
+                    f"weight {name} of shape {value.shape}: dimension {dim} is not divisible by "
+                    f"{pieces} (mesh axes {entry}); choose mesh sizes that divide it or map its "
+                    f"logical axis to None in the sharding preset (axes {axes})"
+                )
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(
+        one, state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules) -> NamedSharding:
+    """How [batch, sequence] integer inputs are laid out."""
+    return NamedSharding(mesh, partition_spec(("act_batch", "act_sequence"), rules, "batch"))

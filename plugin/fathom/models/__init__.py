@@ -1,0 +1,1 @@
+"""The model zoo: one folder per model, the same file names in each."""

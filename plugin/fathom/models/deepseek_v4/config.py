@@ -1,0 +1,495 @@
+"""The architecture of DeepSeek-V4: plain numbers, one named constructor per released model.
+
+The Hub's spellings of the same numbers live in `hf_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ATTENTION_KINDS = ("sliding", "csa", "hca")
+ROUTER_KINDS = ("hash", "learned")
+MTP_KINDS = ("mtp", "dspark")
+EXPERT_DTYPES = ("fp4", "fp8", None)
+
+# Bounds far above any released model, so that a damaged or hostile config is refused here and not
+# by the machine's memory.
+_MAX_LAYERS = 4096
+_MAX_INT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN, which stretches RoPE in the compressed layers only (no attention factor: it is 1).
+
+    Attributes:
+      factor: context length over the original one.
+      original_max_position_embeddings: positions the model was first trained on.
+      beta_fast, beta_slow: rotations over the original context above which a frequency is kept, and
+        below which it is divided by `factor`.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            _check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
+            object.__setattr__(self, name, float(getattr(self, name)))
+        _check_int(
+            "rope_scaling.original_max_position_embeddings",
+            self.original_max_position_embeddings,
+            1,
+        )
+        if self.factor < 1:
+            raise ValueError(f"rope_scaling.factor: found {self.factor}, expected at least 1")
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"rope_scaling.beta_fast: found {self.beta_fast}, expected more than "
+                f"beta_slow {self.beta_slow}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DsparkConfig:
+    """Numbers of the DSpark re-releases' speculative heads, as their config names them."""
+
+    block_size: int
+    noise_token_id: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_layer_ids", tuple(self.target_layer_ids))
+        _check_int("dspark.block_size", self.block_size, 1)
+        _check_int("dspark.noise_token_id", self.noise_token_id, 0)
+        _check_int("dspark.markov_rank", self.markov_rank, 1)
+        for layer in self.target_layer_ids:
+            _check_int("dspark.target_layer_ids", layer, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """How the layers are compiled: `prefix` unrolled, `unit` layers scanned `repeats` times,
+    `suffix` unrolled.
+
+    Scanned layer u of repetition r is layer `len(prefix) + r * unit + u`. Without a scan `unit` and
+    `repeats` are 0 and every layer is in `prefix`.
+    """
+
+    prefix: range
+    unit: int
+    repeats: int
+    suffix: range
+
+    def layer_of(self, unit_index: int, repeat: int) -> int:
+        """The layer index of one scanned layer."""
+        return len(self.prefix) + repeat * self.unit + unit_index
+
+
+@functools.lru_cache(maxsize=64)
+def plan_layers(kinds: tuple[Any, ...]) -> LayerPlan:
+    """The plan with the fewest distinct compiled blocks for any schedule of layer kinds.
+
+    Minimises `len(prefix) + unit + len(suffix)` over all runs that repeat at least twice. Between
+    equal costs the shorter suffix wins, then the shorter unit.
+    """
+    count = len(kinds)
+    best = (count, 0, 0, count, 0)  # cost, suffix, unit, start, repeats
+    for start in range(count):
+        for unit in range(1, (count - start) // 2 + 1):
+            same = start + unit
+            while same < count and kinds[same] == kinds[same - unit]:
+                same += 1
+            repeats = (same - start) // unit
+            if repeats < 2:
+                continue
+            suffix = count - start - unit * repeats
+            best = min(best, (start + unit + suffix, suffix, unit, start, repeats))
+    _, suffix, unit, start, repeats = best
+    if not unit:
+        return LayerPlan(range(count), 0, 0, range(count, count))
+    return LayerPlan(range(start), unit, repeats, range(count - suffix, count))
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_INT:
+        raise ValueError(f"{name}: found {value!r}, expected an integer of at least {low}")
+
+
+def _check_real(name: str, value: Any, above: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= above:
+        raise ValueError(f"{name}: found {value!r}, expected a finite number above {above}")
+
+
+def _check_divides(whole: str, whole_value: int, part: str, part_value: int) -> None:
+    if whole_value % part_value:
+        raise ValueError(f"{whole} {whole_value} is not divisible by {part} {part_value}")
+
+
+def _check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
+    if value > limit:
+        raise ValueError(f"{name} {value} is more than {limit_name} {limit}")
+
+
+_POSITIVE_INTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_heads",
+    "head_dim",
+    "rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_num_heads",
+    "index_head_dim",
+    "index_top_k",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+)
+_POSITIVE_REALS = (
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "compress_rope_theta",
+    "initializer_range",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekV4Config:
+    """Every number of a DeepSeek-V4 architecture. Multi-token-prediction blocks are sliding layers
+    with a learned router.
+
+    Attributes:
+      attention_kinds: per layer "sliding", "csa" (overlapping compressor, indexer, top-k) or "hca"
+        (plain compressor, every visible entry).
+      compress_ratios: per layer tokens per compressed entry, 0 for sliding layers.
+      router_kinds: per layer "hash" (table by token id) or "learned".
+      head_dim: width of a head and of the one shared key/value; its last `rope_head_dim` channels
+        rotate.
+      o_groups, o_lora_rank: groups of the low-rank output projection and the rank of each.
+      num_shared_experts: their joint width is `moe_intermediate_size * num_shared_experts`.
+      swiglu_limit: clamp of the experts' gate (above) and up projection (both sides).
+      hc_mult: number of residual streams.
+      rope_theta: RoPE base of sliding layers; `compress_rope_theta` that of compressed ones, which
+        alone use `rope_scaling`.
+      num_mtp_layers, mtp_kind: multi-token-prediction blocks; "dspark" also needs `dspark`.
+      expert_dtype: how a released file stores routed experts, None when its config does not say.
+      eos_token_id: one id, several, or None.
+
+    Raises:
+      ValueError: naming the field, what was found and what was expected.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    attention_kinds: tuple[str, ...]
+    compress_ratios: tuple[int, ...]
+    router_kinds: tuple[str, ...]
+    sliding_window: int
+    index_num_heads: int
+    index_head_dim: int
+    index_top_k: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_shared_experts: int
+    routed_scaling_factor: float
+    swiglu_limit: float
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    rope_scaling: YarnScaling | None
+    max_position_embeddings: int
+    num_mtp_layers: int
+    mtp_kind: str = "mtp"
+    dspark: DsparkConfig | None = None
+    initializer_range: float = 0.02
+    expert_dtype: str | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        for name in _POSITIVE_INTS:
+            _check_int(name, getattr(self, name), 1)
+        for name in _POSITIVE_REALS:
+            object.__setattr__(self, name, self._real(name))
+        _check_int("num_mtp_layers", self.num_mtp_layers, 0)
+        self._check_layers()
+        self._check_widths()
+        self._check_rest()
+
+    def _normalise(self) -> None:
+        """Lists and dicts, as a recipe's override gives them, become tuples and dataclasses."""
+        for name in ("attention_kinds", "compress_ratios", "router_kinds", "eos_token_id"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, kind in (("rope_scaling", YarnScaling), ("dspark", DsparkConfig)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                known = {field.name for field in dataclasses.fields(kind)}
+                if set(value) != known:
+                    raise ValueError(
+                        f"{name}: found keys {sorted(value)}, expected {sorted(known)}"
+                    )
+                object.__setattr__(self, name, kind(**value))
+            elif value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}: found {value!r}, expected a {kind.__name__} or None")
+
+    def _real(self, name: str) -> float:
+        _check_real(name, getattr(self, name), above=0)
+        return float(getattr(self, name))
+
+    def _check_layers(self) -> None:
+        for name in ("attention_kinds", "compress_ratios", "router_kinds"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected a tuple")
+        count = len(self.attention_kinds)
+        if not 1 <= count <= _MAX_LAYERS:
+            raise ValueError(f"attention_kinds: {count} layers, expected 1 to {_MAX_LAYERS}")
+        for name in ("compress_ratios", "router_kinds"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, attention_kinds has {count}; "
+                    "give one per layer"
+                )
+        for index, (kind, ratio, router) in enumerate(self.layer_kinds):
+            if kind not in ATTENTION_KINDS:
+                raise ValueError(
+                    f"attention_kinds[{index}]: found {kind!r}, expected one of {ATTENTION_KINDS}"
+                )
+            if router not in ROUTER_KINDS:
+                raise ValueError(
+                    f"router_kinds[{index}]: found {router!r}, expected one of {ROUTER_KINDS}"
+                )
+            _check_int(f"compress_ratios[{index}]", ratio, 0)
+            if (kind == "sliding") != (ratio == 0):
+                raise ValueError(
+                    f"compress_ratios[{index}]: found {ratio} for a {kind!r} layer, expected "
+                    f"{'0' if kind == 'sliding' else 'at least 1'}"
+                )
+            _check_at_most(
+                f"compress_ratios[{index}]", ratio, "max_position_embeddings",
+                self.max_position_embeddings,
+            )  # fmt: skip
+
+    def _check_widths(self) -> None:
+        _check_divides("num_heads", self.num_heads, "o_groups", self.o_groups)
+        _check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
+        _check_at_most("rope_head_dim", self.rope_head_dim, "head_dim", self.head_dim)
+        if "csa" in self.attention_kinds:
+            _check_at_most(
+                "rope_head_dim", self.rope_head_dim, "index_head_dim", self.index_head_dim
+            )
+        _check_at_most(
+            "num_experts_per_tok", self.num_experts_per_tok, "num_experts", self.num_experts
+        )
+        yarn = self.rope_scaling
+        if yarn is not None:
+            _check_at_most(
+                "rope_scaling.original_max_position_embeddings",
+                yarn.original_max_position_embeddings,
+                "max_position_embeddings",
+                self.max_position_embeddings,
+            )
+
+    def _check_rest(self) -> None:
+        if self.mtp_kind not in MTP_KINDS:
+            raise ValueError(f"mtp_kind: found {self.mtp_kind!r}, expected one of {MTP_KINDS}")
+        if (self.mtp_kind == "dspark") != (self.dspark is not None):
+            raise ValueError(
+                f"mtp_kind {self.mtp_kind!r} with dspark {self.dspark!r}: the dspark numbers go with "
+                "mtp_kind 'dspark' and with nothing else"
+            )
+        if self.dspark is not None:
+            for layer in self.dspark.target_layer_ids:
+                _check_at_most(
+                    "dspark.target_layer_ids", layer, "the last layer", self.num_layers - 1
+                )
+        if self.expert_dtype not in EXPERT_DTYPES:
+            raise ValueError(
+                f"expert_dtype: found {self.expert_dtype!r}, expected one of {EXPERT_DTYPES}"
+            )
+        eos = self.eos_token_id
+        for name, ids in (
+            ("bos_token_id", (self.bos_token_id,)),
+            ("eos_token_id", eos if isinstance(eos, tuple) else (eos,)),
+        ):
+            for token in ids:
+                if token is None:
+                    continue
+                _check_int(name, token, 0)
+                _check_at_most(name, token, "the last token id", self.vocab_size - 1)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the main model, without multi-token prediction."""
+        return len(self.attention_kinds)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[str, int, str], ...]:
+        """(attention kind, compress ratio, router kind) of each layer."""
+        return tuple(
+            zip(self.attention_kinds, self.compress_ratios, self.router_kinds, strict=True)
+        )
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Which layers are unrolled and which are scanned, derived from the schedule."""
+        return plan_layers(self.layer_kinds)
+
+    @classmethod
+    def flash(cls) -> DeepseekV4Config:
+        """DeepSeek-V4-Flash, 284B parameters, 13B active."""
+        return cls(
+            **_RELEASED,
+            hidden_size=4096,
+            num_heads=64,
+            q_lora_rank=1024,
+            o_groups=8,
+            **_schedule((0, 0) + (4, 128) * 20 + (4,), num_hash_layers=3),
+            index_top_k=512,
+            moe_intermediate_size=2048,
+            num_experts=256,
+            routed_scaling_factor=1.5,
+        )
+
+    @classmethod
+    def pro(cls) -> DeepseekV4Config:
+        """DeepSeek-V4-Pro, 1.6T parameters, 49B active."""
+        return cls(
+            **_RELEASED,
+            hidden_size=7168,
+            num_heads=128,
+            q_lora_rank=1536,
+            o_groups=16,
+            **_schedule((128, 128) + (4, 128) * 29 + (4,), num_hash_layers=3),
+            index_top_k=1024,
+            moe_intermediate_size=3072,
+            num_experts=384,
+            routed_scaling_factor=2.5,
+        )
+
+    @classmethod
+    def tiny(cls) -> DeepseekV4Config:
+        """A model for one CPU that uses every feature of the released ones.
+
+        Bytes and a few special tokens as vocabulary. YaRN starts from 64 positions, so that it
+        matters at the few hundred that tests and the quickstart run.
+        """
+        return cls(
+            vocab_size=264,
+            hidden_size=128,
+            num_heads=4,
+            head_dim=64,
+            rope_head_dim=16,
+            q_lora_rank=64,
+            o_groups=2,
+            o_lora_rank=32,
+            **_schedule((0, 4, 16, 4, 16, 4), num_hash_layers=2),
+            sliding_window=32,
+            index_num_heads=16,
+            index_head_dim=32,
+            index_top_k=16,
+            moe_intermediate_size=96,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            routed_scaling_factor=1.5,
+            swiglu_limit=10.0,
+            hc_mult=4,
+            hc_sinkhorn_iters=20,
+            hc_eps=1e-6,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            compress_rope_theta=1.6e5,
+            rope_scaling=YarnScaling(16.0, 64, 32.0, 1.0),
+            max_position_embeddings=4096,
+            num_mtp_layers=1,
+        )
+
+    @classmethod
+    def from_hf_config(cls, source: Mapping[str, Any] | str | Path) -> DeepseekV4Config:
+        """Reads a Hub `config.json` (a dict, the file or its folder) in any of its spellings.
+
+        Raises:
+          ValueError: listing every unknown key, missing field and contradiction at once.
+        """
+        from fathom.models.deepseek_v4 import hf_config
+
+        return hf_config.read(source)
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The Hub's native spelling; `from_hf_config(config.to_hf_config()) == config`."""
+        from fathom.models.deepseek_v4 import hf_config
+
+        return hf_config.write(self)
+
+
+def kinds_of_ratios(ratios: tuple[int, ...]) -> tuple[str, ...]:
+    """The reference's rule: ratio 0 is sliding, 4 overlaps and has the indexer (csa), any other is
+    hca."""
+    return tuple({0: "sliding", 4: "csa"}.get(ratio, "hca") for ratio in ratios)
+
+
+def _schedule(ratios: tuple[int, ...], num_hash_layers: int) -> dict[str, Any]:
+    return {
+        "attention_kinds": kinds_of_ratios(ratios),
+        "compress_ratios": ratios,
+        "router_kinds": ("hash",) * num_hash_layers
+        + ("learned",) * (len(ratios) - num_hash_layers),
+    }
+
+
+# What Flash and Pro share.
+_RELEASED: dict[str, Any] = {
+    "vocab_size": 129280,
+    "head_dim": 512,
+    "rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_num_heads": 64,
+    "index_head_dim": 128,
+    "num_experts_per_tok": 6,
+    "num_shared_experts": 1,
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "compress_rope_theta": 1.6e5,
+    "rope_scaling": YarnScaling(16.0, 65536, 32.0, 1.0),
+    "max_position_embeddings": 1048576,
+    "num_mtp_layers": 1,
+    "expert_dtype": "fp4",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}

@@ -1,0 +1,1 @@
+"""Numerical operations: each a readable reference, and faster versions with the same signature."""

@@ -1,0 +1,455 @@
+"""What can be wrong with a recipe, found before anything is compiled and told all at once.
+
+`schema_problems` puts pydantic's errors into our words; `cross_problems` looks at combinations.
+Nothing here imports jax until a check needs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from fathom.zoo import ModelSpec
+
+MAX_WEIGHT_PROBLEMS = 8
+"""Weights named when a mesh does not divide them; one wrong axis size usually hits dozens."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a recipe: the key path, what is there, what should be, what to do."""
+
+    key: str
+    found: str
+    expected: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: found {self.found}; expected {self.expected}; fix: {self.fix}"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run.
+
+    Attributes:
+      problems: every Problem found.
+      source: the recipe's file or name.
+    """
+
+    def __init__(self, problems: list[Problem], source: str):
+        self.problems = list(problems)
+        self.source = source
+        count = len(self.problems)
+        head = f"recipe {source}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n  ".join([head, *map(str, self.problems)]))
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str | None:
+    """"did you mean ...?" for the known word nearest to a wrong one, None when nothing is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {matches[0]!r}?" if matches else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; an empty mapping stays a value, lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# --- Schema --------------------------------------------------------------------------------------
+
+
+def _block_type(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        block = _block_type(field.annotation)
+        yield f"{prefix}{name}"
+        if block is not None:
+            yield from _key_paths(block, f"{prefix}{name}.")
+
+
+def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
+    block: type[BaseModel] = model
+    for part in loc[:-1]:
+        block = _block_type(block.model_fields[part].annotation)
+    prefix = "".join(f"{part}." for part in loc[:-1])
+    known = list(block.model_fields)
+    match = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    if match:
+        fix = f"did you mean {prefix}{match[0]}?"
+    else:
+        # The key may be right and its block wrong: look at every key's last part.
+        elsewhere = [k for k in _key_paths(model) if k.rsplit(".", 1)[-1] == loc[-1]]
+        fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "remove it"
+    where = f"block {prefix[:-1]!r}" if prefix else "a recipe"
+    key = ".".join(map(str, loc))
+    expected = f"a key of {where}: {', '.join(known)}"
+    return Problem(key, f"an unknown key (value {value!r})", expected, fix)
+
+
+def _choices(text: str) -> list[str]:
+    return [part for part in text.split("'")[1::2]]
+
+
+def schema_problems(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]
+) -> list[Problem]:
+    """pydantic's errors, each with its key path and a fix."""
+    problems = []
+    for item in error.errors(include_url=False):
+        loc, kind, value = item["loc"], item["type"], item["input"]
+        key = ".".join(map(str, loc)) or "recipe"
+        message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        if kind == "extra_forbidden":
+            problems.append(_unknown_key(model, loc, value))
+        elif kind == "missing":
+            problems.append(Problem(key, "nothing", "a value", f"add {key} to the recipe"))
+        elif kind == "literal_error":
+            fix = nearest(str(value), _choices(message)) or f"set {key} to one of those"
+            problems.append(Problem(key, repr(value), message, fix))
+        elif kind == "value_error":
+            problems.append(Problem(key, "a value out of its choices", message, f"correct {key}"))
+        else:
+            problems.append(Problem(key, repr(value), message, f"set {key} to {message}"))
+    return problems
+
+
+# --- Combinations --------------------------------------------------------------------------------
+
+
+def cross_problems(blocks: Mapping[str, Any], num_devices: int | None) -> list[Problem]:
+    """Combinations that cannot work.
+
+    Args:
+      blocks: block name -> the block, or None (or absent) where it could not be read; checks that
+        need it are left out then.
+      num_devices: devices there are, None where that is not known yet.
+    """
+    have = {name: block for name, block in blocks.items() if block is not None}
+    problems: list[Problem] = []
+    problems += _mesh_problems(have, num_devices)
+    problems += _schedule_problems(have)
+    problems += _data_problems(have)
+    spec = None
+    if "model" in have:
+        spec, found = model_spec(have["model"])
+        problems += found
+    if spec is not None:
+        problems += _length_problems(have, spec.config)
+        problems += _tokenizer_problems(have, spec.config)
+        problems += _sharding_problems(have, spec)
+    return problems
+
+
+def _mesh_problems(have: Mapping[str, Any], num_devices: int | None) -> Iterator[Problem]:
+    if "mesh" not in have:
+        return
+    mesh = have["mesh"]
+    needed = math.prod(mesh.shape.values())
+    named = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+    simulated = mesh.simulated_devices
+    if simulated is not None and simulated != needed:
+        yield Problem(
+            "mesh.simulated_devices",
+            f"{simulated}",
+            f"{needed}, the product of the mesh axes ({named})",
+            f"set mesh.simulated_devices={needed}, or change the axes",
+        )
+    elif num_devices is not None and needed != num_devices:
+        yield Problem(
+            "mesh",
+            f"{named}, which needs {needed} devices",
+            f"axes whose product is {num_devices}, the number of devices",
+            f"change the mesh axes; for example mesh.fsdp={num_devices} and the others 1",
+        )
+
+
+def _schedule_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
+    if "train" not in have:
+        return
+    train = have["train"]
+    if "optimizer" in have:
+        warmup, decay = have["optimizer"].warmup_steps, have["optimizer"].decay_steps
+        if warmup + decay > train.steps:
+            yield Problem(
+                "optimizer.warmup_steps + optimizer.decay_steps",
+                f"{warmup} + {decay} = {warmup + decay}",
+                f"at most train.steps, {train.steps}",
+                "shorten warmup or decay, or raise train.steps",
+            )
+    if "data" in have and train.eval_every and not have["data"].holdout:
+        yield Problem(
+            "train.eval_every",
+            f"{train.eval_every}, with data.holdout 0",
+            "documents held out for evaluation",
+            "set data.holdout (0.01 keeps one document in a hundred), or train.eval_every=0",
+        )
+
+
+def _data_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
+    if "data" not in have:
+        return
+    data = have["data"]
+    # Remote paths (gs://...) are looked at by the data source itself.
+    if "://" not in data.path and not Path(data.path).expanduser().exists():
+        yield Problem(
+            "data.path", repr(data.path), "a file or folder that exists", "correct data.path"
+        )
+    if data.tokenizer != "bytes" and not Path(data.tokenizer).expanduser().is_file():
+        yield Problem(
+            "data.tokenizer",
+            repr(data.tokenizer),
+            "'bytes', or the path of a tokenizer.json",
+            nearest(data.tokenizer, ["bytes"]) or "correct data.tokenizer",
+        )
+    accumulation = have["train"].accumulation if "train" in have else 1
+    if data.batch_size % accumulation:
+        yield Problem(
+            "data.batch_size",
+            f"{data.batch_size}, with train.accumulation {accumulation}",
+            f"a multiple of {accumulation}",
+            f"set data.batch_size={_next_multiple(data.batch_size, accumulation)}, "
+            "or change train.accumulation",
+        )
+
+
+def _next_multiple(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _length_problems(have: Mapping[str, Any], config: Any) -> Iterator[Problem]:
+    """Sequence length against the architecture; fields that a model does not have do not bind."""
+    if "data" not in have:
+        return
+    length = have["data"].sequence_length
+    block = max(getattr(config, "compress_ratios", ()) or (0,))
+    if length < block:
+        yield Problem(
+            "data.sequence_length",
+            f"{length}",
+            f"at least {block}, the model's longest compression block: none closes in shorter rows",
+            f"set data.sequence_length={block} or more, or shorten model.config.compress_ratios",
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        yield Problem(
+            "data.sequence_length",
+            f"{length}",
+            f"at most {longest}, the model's max_position_embeddings",
+            f"set data.sequence_length={longest} or less, or raise "
+            "model.config.max_position_embeddings",
+        )
+
+
+def _tokenizer_problems(have: Mapping[str, Any], config: Any) -> Iterator[Problem]:
+    vocab = getattr(config, "vocab_size", None)
+    if "data" not in have or vocab is None:
+        return
+    name = have["data"].tokenizer
+    if name != "bytes" and not Path(name).expanduser().is_file():
+        return  # told already
+    from fathom.train.data import load_tokenizer
+
+    try:
+        size = load_tokenizer(name).vocab_size
+    except ValueError as error:
+        yield Problem("data.tokenizer", f"{name!r}: {error}", "a readable tokenizer", "correct it")
+        return
+    if size > vocab:
+        yield Problem(
+            "data.tokenizer",
+            f"{name!r} with {size} tokens",
+            f"at most {vocab}, the model's vocab_size",
+            f"set model.config.vocab_size={size} or more, or use another tokenizer",
+        )
+
+
+def _sharding_problems(have: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    """The preset against the model, the batch and the weights, for the mesh asked for."""
+    if "mesh" not in have:
+        return
+    from fathom.mesh import mesh_axes
+
+    mesh = have["mesh"]
+    if mesh.preset not in spec.sharding_presets:
+        known = sorted(spec.sharding_presets)
+        yield Problem(
+            "mesh.preset",
+            repr(mesh.preset),
+            f"a sharding preset of {spec.name}: {', '.join(known)}",
+            nearest(mesh.preset, known) or "use one of those",
+        )
+        return
+    rules = spec.preset(mesh.preset)
+
+    def pieces(logical: str) -> int:
+        return math.prod(mesh.shape[axis] for axis in mesh_axes(logical, rules))
+
+    try:
+        rows, columns = pieces("act_batch"), pieces("act_sequence")
+    except (KeyError, ValueError) as error:
+        text = f"a preset that cannot be used: {error}"
+        yield Problem("mesh.preset", text, "known axes", f"correct the preset of {spec.name}")
+        return
+    yield from _batch_problems(have, rows, columns)
+    yield from _weight_problems(have, spec, rules)
+
+
+def _batch_problems(have: Mapping[str, Any], rows: int, columns: int) -> Iterator[Problem]:
+    if "data" not in have:
+        return
+    data = have["data"]
+    accumulation = have["train"].accumulation if "train" in have else 1
+    unit = rows * accumulation
+    if data.batch_size % unit and not data.batch_size % accumulation:
+        yield Problem(
+            "data.batch_size",
+            f"{data.batch_size}",
+            f"a multiple of {unit}: {rows} pieces of the batch in the mesh x train.accumulation "
+            f"{accumulation}",
+            f"set data.batch_size={_next_multiple(data.batch_size, unit)}, or change the mesh",
+        )
+    if data.sequence_length % columns:
+        yield Problem(
+            "data.sequence_length",
+            f"{data.sequence_length}",
+            f"a multiple of {columns}, the pieces of the sequence in the mesh",
+            f"set data.sequence_length={_next_multiple(data.sequence_length, columns)}, "
+            "or change mesh.context",
+        )
+
+
+def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> Iterator[Problem]:
+    """Weights that the mesh does not divide; the model is built as shapes only."""
+    from flax import nnx
+
+    from fathom.mesh import abstract_mesh, state_shardings
+
+    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options()
+    try:
+        module = nnx.eval_shape(lambda: spec.build(spec.config, nnx.Rngs(0), options))
+    except ValueError as error:
+        found = f"a model that cannot be built: {error}"
+        yield Problem("model", found, "an architecture that builds", "correct model.config")
+        return
+    count = 0
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        try:
+            state_shardings({"/".join(map(str, path)): variable}, mesh, rules)
+        except ValueError as error:
+            count += 1
+            if count <= MAX_WEIGHT_PROBLEMS:
+                fix = "change that mesh axis, or that dimension in model.config"
+                yield Problem("mesh", str(error), "mesh sizes that divide every weight", fix)
+    if count > MAX_WEIGHT_PROBLEMS:
+        more = count - MAX_WEIGHT_PROBLEMS
+        yield Problem("mesh", f"{more} more weights like these", "none", "see the first ones")
+
+
+# --- The architecture ----------------------------------------------------------------------------
+
+
+def model_spec(block: Any) -> tuple[ModelSpec | None, list[Problem]]:
+    """The zoo's spec with a model block's config overrides applied, or None and the problems."""
+    from fathom import zoo
+
+    try:
+        spec = zoo.get(block.name)
+    except ValueError as error:
+        known = zoo.names()
+        fix = nearest(block.name, known) or "use one of those"
+        if block.name in known:
+            fix = "correct that entry point"
+        return None, [Problem("model.name", f"{block.name!r} ({error})", ", ".join(known), fix)]
+    problems: list[Problem] = []
+    config = apply_config(spec.config, block.config, "model.config", problems)
+    return (None if problems else spec.with_config(config)), problems
+
+
+def apply_config(
+    config: Any, overrides: Mapping[str, Any], key: str, problems: list[Problem]
+) -> Any:
+    """`dataclasses.replace` with checked names and types; nested dataclasses take mappings.
+
+    What is wrong is added to `problems`.
+    """
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for name, value in overrides.items():
+        path = f"{key}.{name}"
+        if name not in names:
+            fix = nearest(str(name), names)
+            fix = fix or f"remove it; the fields are {', '.join(names)}"
+            expected = f"a field of {type(config).__name__}"
+            problems.append(Problem(path, f"an unknown field (value {value!r})", expected, fix))
+            continue
+        changes[name] = _convert(value, hints[name], getattr(config, name), path, problems)
+    if problems:
+        return config
+    try:
+        return dataclasses.replace(config, **changes)
+    except (ValueError, TypeError) as error:
+        problems.append(Problem(key, f"{error}", "a sound architecture", "correct those fields"))
+        return config
+
+
+def _convert(value: Any, hint: Any, current: Any, key: str, problems: list[Problem]) -> Any:
+    """A YAML value as the field's type: lists become tuples, mappings dataclasses, 1 becomes 1.0."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        origin = typing.get_origin(kind) or kind
+        if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
+            if dataclasses.is_dataclass(current):
+                return apply_config(current, value, key, problems)
+            return _make(origin, value, key, problems)
+        if origin is tuple and isinstance(value, list | tuple):
+            item = (typing.get_args(kind) or (Any,))[0]
+            parts = enumerate(value)
+            return tuple(_convert(v, item, None, f"{key}.{i}", problems) for i, v in parts)
+        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin in (bool, str) and isinstance(value, origin):
+            return value
+        plain = (int, float, bool, str, tuple, type(None))
+        if origin not in plain and not dataclasses.is_dataclass(origin):
+            return value  # a type that YAML knows nothing of: the dataclass judges
+    expected = getattr(hint, "__name__", str(hint)) if not _is_union(hint) else str(hint)
+    problems.append(Problem(key, repr(value), f"a value of type {expected}", f"correct {key}"))
+    return value
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _make(kind: type, values: Mapping[str, Any], key: str, problems: list[Problem]) -> Any:
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        names = ", ".join(field.name for field in dataclasses.fields(kind))
+        problems.append(Problem(key, f"{dict(values)!r} ({error})", f"fields {names}", "correct it"))
+        return None

@@ -1,0 +1,130 @@
+"""AdamW with a warmup-stable-decay schedule, over the parameters that train in this stage.
+
+Frozen parameters never reach the optimizer: the step splits them off by path, so they have no gradient, no
+moments, no decay and no update. Gradients and moments are float32 whatever the parameters are stored in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fathom.mesh import variable_axes
+from fathom.train.state import path_names
+from fathom.zoo import ModelSpec
+
+STACK_AXIS = "layers"
+"""Logical axis of stacked layers; it does not make a vector a matrix."""
+
+NO_DECAY_NAMES = frozenset({"ape", "base", "bias", "scale", "sink"})
+"""Last path components that are never decayed, whatever their rank: position and other biases, scales."""
+
+
+def make_schedule(block: Any, steps: int) -> optax.Schedule:
+    """Learning rate by number of updates done: linear warmup, constant, then a final decay.
+
+    The first update has learning_rate / warmup_steps, update warmup_steps - 1 the full rate, and the last
+    decay_steps go down to final_ratio * learning_rate.
+
+    Args:
+      block: the recipe's optimizer block. steps: updates in the whole run.
+
+    Raises:
+      ValueError: when warmup and decay do not fit into the run, or the decay is unknown.
+    """
+    warmup, decay = block.warmup_steps, block.decay_steps
+    if warmup < 0 or decay < 0 or warmup + decay > steps:
+        raise ValueError(
+            f"optimizer.warmup_steps {warmup} + optimizer.decay_steps {decay} do not fit into "
+            f"train.steps {steps}; shorten them or train longer"
+        )
+    peak = block.learning_rate
+    if block.decay not in ("cosine", "linear"):
+        raise ValueError(f"optimizer.decay: found {block.decay!r}, expected 'cosine' or 'linear'")
+    pieces = [optax.constant_schedule(peak)]
+    boundaries = []
+    if warmup:
+        rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+        pieces, boundaries = [rise, *pieces], [warmup]
+    if decay:
+        fall = (
+            optax.cosine_decay_schedule(peak, decay, alpha=block.final_ratio)
+            if block.decay == "cosine"
+            else optax.linear_schedule(peak, peak * block.final_ratio, decay)
+        )
+        pieces, boundaries = [*pieces, fall], [*boundaries, steps - decay]
+    return optax.join_schedules(pieces, boundaries)
+
+
+def split_frozen(spec: ModelSpec, params: nnx.State, stage: str) -> tuple[nnx.State, nnx.State]:
+    """(trainable, frozen) parameters of a stage, by `spec.frozen(path, stage)`."""
+    return nnx.split_state(params, lambda path, _: not spec.frozen(path, stage), ...)
+
+
+def decay_mask(trainable: nnx.State) -> nnx.State:
+    """True for matrices and higher ranks, False for norms, biases, sinks and scales.
+
+    The rank leaves out the axis along which repeated layers are stacked (logical axis "layers").
+    """
+
+    def decays(path, variable):
+        axes = variable_axes(variable) or ()
+        rank = variable.get_value().ndim - sum(axis == STACK_AXIS for axis in axes)
+        return rank >= 2 and path_names(path)[-1] not in NO_DECAY_NAMES
+
+    mask = jax.tree_util.tree_map_with_path(
+        decays, trainable, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    return nnx.as_pure(mask)
+
+
+def make_optimizer(
+    spec: ModelSpec, params: nnx.State, block: Any, steps: int, stage: str
+) -> optax.GradientTransformation:
+    """Clipping by global norm and AdamW over pure states of the trainable parameters.
+
+    Args:
+      params: (abstract) nnx.State of all Params; only used to decide which weights decay.
+      block: the recipe's optimizer block. steps: updates in the run. stage: given to `spec.frozen`.
+
+    Raises:
+      ValueError: for an unknown optimizer name, a schedule that does not fit, or nothing left to train.
+    """
+    if block.name != "adamw":
+        raise ValueError(f"optimizer.name: found {block.name!r}, expected 'adamw'")
+    trainable, _ = split_frozen(spec, params, stage)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
+    clip = optax.clip_by_global_norm(block.clip_norm) if block.clip_norm else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps),
+        optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable)),
+        optax.scale_by_learning_rate(make_schedule(block, steps)),
+    )
+
+
+def init_optimizer(
+    tx: optax.GradientTransformation, spec: ModelSpec, params: nnx.State, stage: str
+) -> Any:
+    """Optimizer state for the trainable ones of `params`, moments in float32."""
+    trainable, _ = split_frozen(spec, params, stage)
+    return tx.init(as_float32(nnx.as_pure(trainable)))
+
+
+def as_float32(tree: Any) -> Any:
+    """Every leaf in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """int32 scalar: updates applied so far, the schedule's argument (skipped steps do not count)."""
+
+    def of_schedule(path, _):
+        return any(getattr(key, "tuple_name", None) == "ScaleByScheduleState" for key in path)
+
+    return optax.tree.get(opt_state, "count", filtering=of_schedule)

@@ -1,0 +1,289 @@
+"""The train step: loss and gradients over microbatches, one guarded update, metrics.
+
+`make_program` needs no devices: with an AbstractMesh or a mesh of a TPU topology it gives the same program,
+for lowering and memory analysis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from fathom import zoo
+from fathom.layers.losses import LossWeights, count_targets
+from fathom.layers.options import ComputeOptions
+from fathom.mesh import Rules, batch_sharding, sharding_scope
+from fathom.train import optimizer
+from fathom.train.state import (
+    SplitModel,
+    TrainState,
+    abstract_state,
+    global_norm,
+    init_variables,
+    seed_to_rng,
+    shardings_of,
+    split_model,
+)
+from fathom.zoo import ModelSpec
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled-to-be functions of a run and the layout of their arguments.
+
+    Call `init` and `step` inside `sharding_scope(mesh, rules)`.
+
+    Attributes:
+      spec: the model, at the recipe's size. options: how it computes.
+      mesh, rules: where it runs.
+      model: the model split into its static part and abstract arrays.
+      state: abstract TrainState that carries shardings.
+      batch_sharding: layout of every [B, S] array of a batch.
+      init: uint32 key data -> TrainState, born sharded.
+      step: (TrainState, donated; batch) -> (TrainState, metrics).
+      evaluate: (TrainState, batch) -> metrics that begin with "loss".
+    """
+
+    spec: ModelSpec
+    options: ComputeOptions
+    mesh: Mesh | AbstractMesh
+    rules: Rules
+    model: SplitModel
+    state: TrainState
+    batch_sharding: NamedSharding
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Batch], Metrics]
+
+    def abstract_batch(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
+        """The batch the step takes, as ShapeDtypeStructs with shardings."""
+        struct = jax.ShapeDtypeStruct(
+            (batch_size, sequence_length), jnp.int32, sharding=self.batch_sharding
+        )
+        return {name: struct for name in ("tokens", "segment_ids", "positions")}
+
+    def lower(self, batch_size: int, sequence_length: int, platforms: tuple[str, ...] | None = None):
+        """Lowers the real step for `mesh`, without devices if it has none."""
+        with sharding_scope(self.mesh, self.rules):
+            traced = self.step.trace(self.state, self.abstract_batch(batch_size, sequence_length))
+            return traced.lower(lowering_platforms=platforms) if platforms else traced.lower()
+
+
+def resolve_model(block: Any) -> tuple[ModelSpec, ComputeOptions]:
+    """The recipe's model block -> (spec at that size, compute options).
+
+    Raises:
+      ValueError: for an unknown model, or a `config` key that its architecture does not have.
+    """
+    spec = zoo.get(block.name)
+    known = {field.name for field in dataclasses.fields(spec.config)}
+    unknown = sorted(set(block.config) - known)
+    if unknown:
+        raise ValueError(
+            f"model.config has {unknown}, which {type(spec.config).__name__} does not know; "
+            f"it has {sorted(known)}"
+        )
+    if block.config:
+        spec = spec.with_config(dataclasses.replace(spec.config, **block.config))
+    fields = dataclasses.fields(ComputeOptions)
+    return spec, ComputeOptions(**{field.name: getattr(block, field.name) for field in fields})
+
+
+def make_program(recipe: Any, mesh: Mesh | AbstractMesh) -> Program:
+    """Everything that runs on the devices, from a recipe.
+
+    Args:
+      recipe: its model, optimizer, mesh and train blocks are read.
+      mesh: real, abstract, or of a topology that is not attached.
+
+    Raises:
+      ValueError: when model, sharding preset, schedule and mesh do not fit together.
+    """
+    spec, options = resolve_model(recipe.model)
+    rules = spec.preset(recipe.mesh.preset)
+    block, train = recipe.optimizer, recipe.train
+    with sharding_scope(mesh, rules):
+        model = split_model(spec, options)
+        tx = optimizer.make_optimizer(spec, model.params, block, train.steps, train.stage)
+
+        def init_tx(params):
+            return optimizer.init_optimizer(tx, spec, params, train.stage)
+
+        state = abstract_state(spec, model, init_tx, mesh, rules)
+
+    def init(rng):
+        params, model_state = init_variables(spec, options, rng)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, model_state, init_tx(params), step, rng)
+
+    schedule = optimizer.make_schedule(block, train.steps)
+    shardings = shardings_of(state)
+    train_step = make_train_step(spec, model, tx, schedule, train, shardings)
+    weights = LossWeights(mtp=train.mtp_weight, balance=train.balance_weight)
+    return Program(
+        spec=spec,
+        options=options,
+        mesh=mesh,
+        rules=rules,
+        model=model,
+        state=state,
+        batch_sharding=batch_sharding(mesh, rules),
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+        evaluate=jax.jit(_make_evaluate(spec, model, weights)),
+    )
+
+
+def make_train_step(
+    spec: ModelSpec,
+    model: SplitModel,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    train: Any,
+    shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step function, to be jitted with its first argument donated.
+
+    A step whose loss, gradients or update are not finite changes nothing but the step number; its metric
+    "finite" is False. Metrics are float32 scalars.
+
+    Args:
+      train: the recipe's train block. shardings: layout of the state.
+    """
+    weights = LossWeights(mtp=train.mtp_weight, balance=train.balance_weight)
+    grad_shardings, _ = optimizer.split_frozen(spec, shardings.params, train.stage)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = optimizer.split_frozen(spec, state.params, train.stage)
+        counts = count_targets(batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def loss_fn(trainable, microbatch, index):
+            module = model.merge(
+                (trainable, frozen), state.model_state, jax.random.fold_in(key, index)
+            )
+            return spec.loss(module, microbatch, weights, counts)
+
+        loss, aux, grads = accumulate(loss_fn, trainable, batch, train.accumulation, grad_shardings)
+        new_trainable, opt_state, update_norm = _update(tx, trainable, grads, state.opt_state)
+        model_state = state.model_state
+        if spec.update_state is not None:
+            model_state = spec.update_state(model_state, aux, train.router_bias_speed)
+        grad_norm = global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        new_state = TrainState(
+            params=nnx.merge_state(new_trainable, frozen),
+            model_state=model_state,
+            opt_state=opt_state,
+            step=state.step + 1,
+            rng=state.rng,
+        )
+        kept = dataclasses.replace(state, step=new_state.step)
+        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, kept)
+        metrics = {
+            "loss": loss,
+            **{name: value for name, value in aux.items() if name.startswith("loss/")},
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(optimizer.updates_done(state.opt_state)),
+            "tokens": counts.valid_tokens,
+            **_expert_balance(aux.get("expert_load", {})),
+            "finite": finite,
+        }
+        return new_state, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+
+    return train_step
+
+
+def accumulate(
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, Any]]],
+    trainable: nnx.State,
+    batch: Batch,
+    microbatches: int,
+    grad_shardings: Any = None,
+) -> tuple[jax.Array, dict[str, Any], nnx.State]:
+    """Sums loss, aux and float32 gradients of `loss_fn(trainable, microbatch, index)` over microbatches.
+
+    Microbatch i takes rows i, i + n, i + 2n, ...: each device keeps its own rows, nothing moves.
+
+    Raises:
+      ValueError: when the rows cannot be cut into that many microbatches.
+    """
+
+    def one(microbatch, index):
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, microbatch, index)
+        grads = optimizer.as_float32(grads)
+        if grad_shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+        return loss, aux, grads
+
+    if microbatches == 1:
+        return one(batch, 0)
+    rows = batch["tokens"].shape[0]
+    if rows % microbatches:
+        raise ValueError(
+            f"data.batch_size {rows} is not divisible by train.accumulation {microbatches}"
+        )
+
+    def cut(x):
+        return x.reshape(rows // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(total, inputs):
+        loss, aux, grads = one(*inputs)
+        return jax.tree.map(jnp.add, total, grads), (loss, aux)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+    inputs = (jax.tree.map(cut, dict(batch)), jnp.arange(microbatches))
+    grads, (losses, auxes) = jax.lax.scan(body, zeros, inputs)
+    loss, aux = jax.tree.map(lambda x: x.sum(axis=0), (losses, auxes))
+    return loss, aux, grads
+
+
+def _update(tx, trainable, grads, opt_state):
+    """The trainable parameters after one update, in their storage dtype, and the update's norm."""
+    params = optimizer.as_float32(nnx.as_pure(trainable))
+    updates, opt_state = tx.update(nnx.as_pure(grads), opt_state, params)
+    values = iter(jax.tree.leaves(optax.apply_updates(params, updates)))
+    new = jax.tree.map(lambda old: next(values).astype(old.dtype), trainable)
+    return new, opt_state, global_norm(updates)
+
+
+def _expert_balance(expert_load: Mapping[str, jax.Array]) -> Metrics:
+    """max/mean tokens per expert of each block (the worst of stacked layers), 1 is perfect balance."""
+    ratios = {}
+    for name, load in expert_load.items():
+        load = load.astype(jnp.float32)
+        ratio = load.max(axis=-1) / jnp.maximum(load.mean(axis=-1), 1e-9)
+        ratios[f"expert_load/{name}"] = ratio.max()
+    if ratios:
+        ratios["expert_load/worst"] = jnp.stack(list(ratios.values())).max()
+    return ratios
+
+
+def _make_evaluate(spec: ModelSpec, model: SplitModel, weights: LossWeights):
+    def evaluate(state: TrainState, batch: Batch) -> Metrics:
+        key = jax.random.wrap_key_data(state.rng)
+        module = model.merge((state.params,), state.model_state, key)
+        module.eval()
+        loss, aux = spec.loss(module, batch, weights, count_targets(batch))
+        parts = {name: value for name, value in aux.items() if name.startswith("loss/")}
+        return {"loss": loss, **parts}
+
+    return evaluate
+
+
+def init_state(program: Program, seed: int) -> TrainState:
+    """A fresh TrainState, laid out over the program's mesh."""
+    with sharding_scope(program.mesh, program.rules):
+        replicated = NamedSharding(program.mesh, PartitionSpec())
+        rng = jax.jit(lambda: seed_to_rng(seed), out_shardings=replicated)()
+        return program.init(rng)
