@@ -65,6 +65,7 @@ class HubTensor:
       index: leading indices into that parameter (repetition of a scanned layer, expert); empty for
         all of it.
       layout: from the Hub's array to ours.
+      limit: for "i64" tables, their integers are in [0, limit).
 
     "f32" and "i64" weights keep their type on our side (float32 and int32) whatever the parameter
     dtype.
@@ -76,6 +77,7 @@ class HubTensor:
     path: tuple[str | int, ...]
     index: tuple[int, ...]
     layout: Layout
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.storage not in STORAGE_KINDS:

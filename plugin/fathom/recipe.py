@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fathom.layers import options as compute_options
+from fathom.layers.options import (
+    ATTENTION_IMPLEMENTATIONS,
+    REMAT_POLICIES,
+    STAGES,
+    ComputeOptions,
+)
 from fathom.recipe_checks import (
     Problem,
     RecipeError,
@@ -25,10 +30,9 @@ from fathom.recipe_checks import (
     model_spec,
     schema_problems,
 )
-from fathom.recipe_files import apply_overrides, find_recipe, read_with_base, recipe_names
+from fathom.recipe_files import apply_overrides, find_recipe, read_with_base
 
 if TYPE_CHECKING:
-    from fathom.layers.options import ComputeOptions
     from fathom.zoo import ModelSpec
 
 STDLIB = "stdlib:"
@@ -61,22 +65,18 @@ class ModelBlock(Block):
 
     name: str
     config: dict[str, Any] = {}
-    dtype: str = "bfloat16"
-    param_dtype: str = "float32"
-    attention: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal[ATTENTION_IMPLEMENTATIONS] = "auto"
     query_chunk: int = Field(128, ge=1)
-    remat: str = "none"
+    remat: Literal[REMAT_POLICIES] = "none"
     simulate_quant: bool = False
 
-    @model_validator(mode="after")
-    def _known_options(self) -> ModelBlock:
-        self.compute_options()
-        return self
-
-    def compute_options(self) -> ComputeOptions:
-        """The ComputeOptions that the model is built with."""
+    def compute_options(self, stage: str = "sparse") -> ComputeOptions:
+        """The ComputeOptions that the model is built with in a stage (`train.stage`)."""
         fields = ("dtype", "param_dtype", "attention", "query_chunk", "remat", "simulate_quant")
-        return compute_options.ComputeOptions(**{name: getattr(self, name) for name in fields})
+        values = {name: getattr(self, name) for name in fields}
+        return ComputeOptions(**values, stage=stage)
 
 
 class DataBlock(Block):
@@ -164,7 +164,7 @@ class TrainBlock(Block):
     steps: int = Field(ge=1)
     seed: int = Field(0, ge=0)
     accumulation: int = Field(1, ge=1)
-    stage: Literal["dense", "sparse"] = "sparse"
+    stage: Literal[STAGES] = "sparse"
     mtp_weight: float = Field(0.3, ge=0)
     balance_weight: float = Field(1e-4, ge=0)
     router_bias_speed: float = Field(1e-3, ge=0)
@@ -240,6 +240,10 @@ class Recipe(Block):
             raise RecipeError(problems, self.name)
         return spec
 
+    def compute_options(self) -> ComputeOptions:
+        """The ComputeOptions that the model is built with, `train.stage` included."""
+        return self.model.compute_options(self.train.stage)
+
     def check(self, num_devices: int) -> None:
         """Refuses impossible combinations before any compilation.
 
@@ -295,14 +299,24 @@ class Recipe(Block):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _valid_blocks(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Each block that is sound by itself, None otherwise: cross checks run on what there is."""
+def _readable_blocks(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The blocks that can be read once their wrong keys are left out, None for the others.
+
+    Cross checks then run on what there is, so that all problems are told at once.
+    """
     blocks: dict[str, Any] = {}
     for name, field in Recipe.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Block):
+        if not (isinstance(kind, type) and issubclass(kind, Block)):
+            continue
+        found = values.get(name) or {}
+        try:
+            blocks[name] = kind.model_validate(found)
+        except ValidationError as error:
+            wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
+            kept = {k: v for k, v in found.items() if k not in wrong} if wrong else None
             try:
-                blocks[name] = kind.model_validate(values.get(name) or {})
+                blocks[name] = kind.model_validate(kept)
             except ValidationError:
                 blocks[name] = None
     return blocks
@@ -327,7 +341,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += schema_problems(error, Recipe, values)
-        problems += cross_problems(_valid_blocks(values), None)
+        problems += cross_problems(_readable_blocks(values), None)
     if problems:
         raise RecipeError(problems, str(path))
     return recipe

@@ -98,7 +98,9 @@ def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
         fix = f"did you mean {prefix}{match[0]}?"
     else:
         # The key may be right and its block wrong: look at every key's last part.
-        elsewhere = [k for k in _key_paths(model) if k.rsplit(".", 1)[-1] == loc[-1]]
+        last = {key: key.rsplit(".", 1)[-1] for key in _key_paths(model)}
+        near = difflib.get_close_matches(str(loc[-1]), last.values(), n=1, cutoff=0.8)
+        elsewhere = [key for key, name in last.items() if name in near]
         fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "remove it"
     where = f"block {prefix[:-1]!r}" if prefix else "a recipe"
     key = ".".join(map(str, loc))
@@ -126,10 +128,14 @@ def schema_problems(
         elif kind == "literal_error":
             fix = nearest(str(value), _choices(message)) or f"set {key} to one of those"
             problems.append(Problem(key, repr(value), message, fix))
-        elif kind == "value_error":
-            problems.append(Problem(key, "a value out of its choices", message, f"correct {key}"))
+        elif kind in ("model_type", "model_attributes_type", "dict_type"):
+            fix = f"write {key} as `key: value` lines"
+            problems.append(Problem(key, repr(value), "a mapping of keys to values", fix))
         else:
-            problems.append(Problem(key, repr(value), message, f"set {key} to {message}"))
+            fix = f"set {key} to a value {message}"
+            if message.startswith("a "):
+                fix = f"set {key} to {message.split(',')[0]}"
+            problems.append(Problem(key, repr(value), message, fix))
     return problems
 
 
@@ -344,7 +350,8 @@ def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> It
 
     from fathom.mesh import abstract_mesh, state_shardings
 
-    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options()
+    stage = have["train"].stage if "train" in have else "sparse"
+    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options(stage)
     try:
         module = nnx.eval_shape(lambda: spec.build(spec.config, nnx.Rngs(0), options))
     except ValueError as error:
@@ -369,7 +376,10 @@ def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> It
 
 
 def model_spec(block: Any) -> tuple[ModelSpec | None, list[Problem]]:
-    """The zoo's spec with a model block's config overrides applied, or None and the problems."""
+    """The zoo's spec with a model block's sound config overrides applied, and the problems.
+
+    The spec is None when the model is unknown.
+    """
     from fathom import zoo
 
     try:
@@ -382,7 +392,7 @@ def model_spec(block: Any) -> tuple[ModelSpec | None, list[Problem]]:
         return None, [Problem("model.name", f"{block.name!r} ({error})", ", ".join(known), fix)]
     problems: list[Problem] = []
     config = apply_config(spec.config, block.config, "model.config", problems)
-    return (None if problems else spec.with_config(config)), problems
+    return spec.with_config(config), problems
 
 
 def apply_config(
@@ -390,7 +400,7 @@ def apply_config(
 ) -> Any:
     """`dataclasses.replace` with checked names and types; nested dataclasses take mappings.
 
-    What is wrong is added to `problems`.
+    What is wrong is added to `problems` and left out of the result.
     """
     names = [field.name for field in dataclasses.fields(config) if field.init]
     hints = typing.get_type_hints(type(config))
@@ -403,18 +413,20 @@ def apply_config(
             expected = f"a field of {type(config).__name__}"
             problems.append(Problem(path, f"an unknown field (value {value!r})", expected, fix))
             continue
-        changes[name] = _convert(value, hints[name], getattr(config, name), path, problems)
-    if problems:
-        return config
+        before = len(problems)
+        converted = _convert(value, hints[name], getattr(config, name), path, problems)
+        if len(problems) == before:
+            changes[name] = converted
     try:
         return dataclasses.replace(config, **changes)
     except (ValueError, TypeError) as error:
-        problems.append(Problem(key, f"{error}", "a sound architecture", "correct those fields"))
+        if not problems:  # else it may only follow from what is told already
+            problems.append(Problem(key, str(error), "a sound architecture", f"correct {key}"))
         return config
 
 
 def _convert(value: Any, hint: Any, current: Any, key: str, problems: list[Problem]) -> Any:
-    """A YAML value as the field's type: lists become tuples, mappings dataclasses, 1 becomes 1.0."""
+    """A YAML value as the field's type: list to tuple, mapping to dataclass, 1 to 1.0."""
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
     if value is None and type(None) in kinds:
         return None
@@ -451,5 +463,6 @@ def _make(kind: type, values: Mapping[str, Any], key: str, problems: list[Proble
         return kind(**values)
     except (ValueError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(kind))
-        problems.append(Problem(key, f"{dict(values)!r} ({error})", f"fields {names}", "correct it"))
+        found = f"{dict(values)!r} ({error})"
+        problems.append(Problem(key, found, f"fields {names}", f"correct {key}"))
         return None

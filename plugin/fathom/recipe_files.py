@@ -17,7 +17,7 @@ class _DuplicateKeyError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` as a number (YAML 1.1 wants a dot) and refuses duplicate keys."""
+    """SafeLoader that reads `3e-4` as a number (YAML 1.1 wants a dot); no key may come twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

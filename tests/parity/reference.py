@@ -11,7 +11,6 @@ import pytest
 torch = pytest.importorskip("torch", reason="the PyTorch comparisons need torch")
 pytest.importorskip("transformers", reason="the PyTorch comparisons need transformers")
 
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf  # noqa: E402
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import (  # noqa: E402
     DeepseekV4Config as HFConfig,
 )

@@ -6,6 +6,7 @@ float32; streams are stored in the compute dtype. Letters: n streams, D hidden, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -46,10 +47,12 @@ def sinkhorn(logits_nnBS: jax.Array, iterations: int, eps: float) -> jax.Array:
     """
     comb = jax.nn.softmax(logits_nnBS, axis=1) + eps
     comb = comb / (jnp.sum(comb, axis=0, keepdims=True) + eps)
-    for _ in range(iterations - 1):
+
+    def round_(comb: jax.Array, _: None) -> tuple[jax.Array, None]:
         comb = comb / (jnp.sum(comb, axis=1, keepdims=True) + eps)
-        comb = comb / (jnp.sum(comb, axis=0, keepdims=True) + eps)
-    return comb
+        return comb / (jnp.sum(comb, axis=0, keepdims=True) + eps), None
+
+    return jax.lax.scan(round_, comb, None, length=iterations - 1)[0]
 
 
 def collapse(pre_nBS: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
@@ -130,11 +133,16 @@ class HyperConnection(nnx.Module):
         return Mixing(pre, post, normalise(comb))
 
 
+def _even_share_logit(n: int) -> float:
+    """The logit at which n sigmoids sum to one (nearly so for a single stream)."""
+    return -math.log(n - 1) if n > 1 else 10.0
+
+
 def _base_init(n: int):
     """pre sums to one over the streams, post is one, comb is near the identity."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        pre = jnp.full((n,), -jnp.log(n - 1.0) if n > 1 else 10.0)
+        pre = jnp.full((n,), _even_share_logit(n))
         comb = jnp.eye(n) * COMB_DIAGONAL_INIT
         return jnp.concatenate([pre, jnp.zeros((n,)), comb.reshape(-1)]).astype(dtype)
 
@@ -166,7 +174,7 @@ class HyperHead(nnx.Module):
             axes=(None, None, "embed"),
             dtype="float32",
         )
-        start = constant(float(-jnp.log(n - 1.0)) if n > 1 else 10.0)
+        start = constant(_even_share_logit(n))
         self.base = param(rngs.params(), (n,), start, axes=(None,), dtype="float32")
         self.scale = param(
             rngs.params(), (1,), constant(GATE_INIT), axes=(None,), dtype="float32"

@@ -1,13 +1,12 @@
-"""Mixture of experts: routed experts without token dropping, a shared expert, and expert parallelism.
+"""Mixture of experts: routed experts without token dropping, a shared expert, expert parallelism.
 
-Letters: B batch, S sequence, D hidden, E experts, F expert hidden, K experts per token; inside a shard T tokens,
-A = T * K assignments of a token to an expert.
+Letters: B batch, S sequence, D hidden, E experts, F expert hidden, K experts per token; inside a
+shard T tokens, A = T * K assignments of a token to an expert.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,9 +21,10 @@ from fathom.layers.router import (
     LearnedRouter,
     expert_load,
     sequence_balance_loss,
+    split_axes,
 )
-from fathom.mesh import active_rules, axis_size, constrain, mesh_axes, partition_spec
-from fathom.ops.grouped_matmul import align_varying, grouped_matmul
+from fathom.mesh import active_rules, axis_size, constrain, mesh_axes
+from fathom.ops.grouped_matmul import grouped_matmul
 
 _IN_AXES = ("expert", "embed", "expert_mlp")
 _OUT_AXES = ("expert", "expert_mlp", "embed")
@@ -74,9 +74,10 @@ class SharedExpert(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts, dropless: every token reaches every expert it was routed to.
 
-    Under a `sharding_scope` the computation is one `jax.shard_map` over the whole mesh. Mesh axes that split
-    both the tokens and the experts all-gather the tokens, each shard computes its own experts for all of them,
-    and the sums are scattered back: exact, with static shapes. Weights enter whole in D.
+    Under a `sharding_scope` the computation is one `jax.shard_map` over the whole mesh. Along mesh
+    axes that split both the tokens and the experts the tokens are gathered, each shard computes its
+    own experts for all of them, and the sums are scattered back: exact, with static shapes. Weights
+    enter whole in D.
 
     Attributes:
       w1 (gate), w3 (up): [E, D, F]. w2 (down): [E, F, D].
@@ -115,39 +116,55 @@ class Experts(nnx.Module):
 
         Returns:
           float32 [B, S, D].
-
-        Raises:
-          ValueError: when the mesh does not divide the batch, the sequence, the experts or their width.
         """
         compute = functools.partial(
             _expert_shard, limit=self.limit, implementation=self.implementation
         )
         w1, w3, w2 = (
-            # Constrained after the cast, so that what is gathered over fsdp is in the compute dtype.
+            # Constrained after the cast: what is gathered over fsdp is in the compute dtype.
             constrain(weight[...].astype(x_BSD.dtype), axes)
             for weight, axes in ((self.w1, _IN_AXES), (self.w3, _IN_AXES), (self.w2, _OUT_AXES))
         )
         if active_rules() is None or jax.sharding.get_abstract_mesh().empty:
             return compute(x_BSD, indices_BSK, weights_BSK, w1, w3, w2)
-        _check_divisible(x_BSD.shape, w1.shape)
-        experts, width = mesh_axes("expert"), mesh_axes("expert_mlp")
-        split = (*mesh_axes("act_batch"), *mesh_axes("act_sequence"))
-        compute = functools.partial(
-            compute,
-            expert_axes=experts,
-            gather_axes=tuple(axis for axis in (*experts, *width) if axis in split),
-            sum_axes=tuple(axis for axis in (*experts, *width) if axis not in split),
-        )
-        tokens = partition_spec(("act_batch", "act_sequence", None), name="tokens")
-        into, out_of = (_spec(("expert", None, "expert_mlp")), _spec(("expert", "expert_mlp", None)))
+        experts, width = split_axes("expert"), split_axes("expert_mlp")
+        batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
+        tokens = PartitionSpec(batch or None, sequence or None)
+        inner = PartitionSpec(experts or None, None, width or None)
+        outer = PartitionSpec(experts or None, width or None)
+        exchange = _Exchange((*batch, *sequence), experts, width)
         sharded = jax.shard_map(
-            compute, in_specs=(tokens, tokens, tokens, into, into, out_of), out_specs=tokens
+            functools.partial(compute, exchange=exchange),
+            in_specs=(tokens, tokens, tokens, inner, inner, outer),
+            out_specs=tokens,
         )
         return sharded(x_BSD, indices_BSK, weights_BSK, w1, w3, w2)
 
 
-def _spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    return partition_spec(logical_axes, name="expert weight")
+class _Exchange(NamedTuple):
+    """The mesh axes, larger than 1, of one expert computation."""
+
+    tokens: tuple[str, ...] = ()  # split the tokens
+    experts: tuple[str, ...] = ()  # split the experts
+    width: tuple[str, ...] = ()  # split each expert's hidden dimension
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Axes along which shards hold different tokens and different weights."""
+        return tuple(axis for axis in (*self.experts, *self.width) if axis in self.tokens)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Axes along which shards hold the same tokens and different weights."""
+        return tuple(axis for axis in (*self.experts, *self.width) if axis not in self.tokens)
+
+    @property
+    def unsplit_weights(self) -> tuple[str, ...]:
+        """Axes along which shards hold different tokens and the same weights."""
+        return tuple(axis for axis in self.tokens if axis not in (*self.experts, *self.width))
+
+
+_NO_EXCHANGE = _Exchange()
 
 
 def _check_divisible(tokens: tuple[int, ...], weight: tuple[int, ...]) -> None:
@@ -160,8 +177,8 @@ def _check_divisible(tokens: tuple[int, ...], weight: tuple[int, ...]) -> None:
     for name, size, logical in checks:
         if size % axis_size(logical):
             raise ValueError(
-                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh axes "
-                f"{mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
+                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh "
+                f"axes {mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
             )
 
 
@@ -175,34 +192,41 @@ def _expert_shard(
     *,
     limit: float | None,
     implementation: str,
-    expert_axes: tuple[str, ...] = (),
-    gather_axes: tuple[str, ...] = (),
-    sum_axes: tuple[str, ...] = (),
+    exchange: _Exchange = _NO_EXCHANGE,
 ) -> jax.Array:
-    """What one shard computes: its experts, for its tokens and those of the shards it exchanges with."""
+    """One shard's experts, for its tokens and for those of the shards it exchanges tokens with."""
 
-    def flat(array: jax.Array) -> jax.Array:
+    # Everything below is typed as varying over all axes in play. The transposes of these casts sum
+    # the gradients of what is replicated: a token's over `summed`, a weight's over the token axes.
+    def tokens(array: jax.Array) -> jax.Array:
         array = array.reshape(-1, array.shape[-1])
-        if gather_axes:
-            array = jax.lax.all_gather(array, gather_axes, axis=0, tiled=True)
-        return array
+        if exchange.gathered:
+            array = jax.lax.all_gather(array, exchange.gathered, axis=0, tiled=True)
+        return _vary(array, exchange.summed)
 
-    first = jax.lax.axis_index(expert_axes) * w1_EDF.shape[0] if expert_axes else 0
+    def weight(array: jax.Array) -> jax.Array:
+        return _vary(array, exchange.unsplit_weights)
+
+    first = jax.lax.axis_index(exchange.experts) * w1_EDF.shape[0] if exchange.experts else 0
     y_TD = local_experts(
-        flat(x_BSD),
-        flat(indices_BSK) - first,
-        flat(weights_BSK),
-        w1_EDF,
-        w3_EDF,
-        w2_EFD,
+        tokens(x_BSD),
+        tokens(indices_BSK) - first,
+        tokens(weights_BSK),
+        weight(w1_EDF),
+        weight(w3_EDF),
+        weight(w2_EFD),
         limit=limit,
         implementation=implementation,
     )
-    if gather_axes:
-        y_TD = jax.lax.psum_scatter(y_TD, gather_axes, scatter_dimension=0, tiled=True)
-    if sum_axes:
-        y_TD = jax.lax.psum(y_TD, sum_axes)
+    if exchange.gathered:
+        y_TD = jax.lax.psum_scatter(y_TD, exchange.gathered, scatter_dimension=0, tiled=True)
+    if exchange.summed:
+        y_TD = jax.lax.psum(y_TD, exchange.summed)
     return y_TD.reshape(x_BSD.shape)
+
+
+def _vary(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def local_experts(
@@ -231,19 +255,19 @@ def local_experts(
     order_A = jnp.argsort(expert_A, stable=True)
     inverse_A = jnp.argsort(order_A)
 
-    rows_AD = _dispatch(*align_varying(x_TD, order_A, inverse_A), top_k)
-    weight_A = _permute(*align_varying(weights_TK.reshape(-1), order_A, inverse_A))
+    rows_AD = _dispatch(x_TD, order_A, inverse_A, top_k)
+    weight_A = _permute(weights_TK.reshape(-1), order_A, inverse_A)
     gate_AF = grouped_matmul(rows_AD, w1_EDF, sizes_E, implementation)
     up_AF = grouped_matmul(rows_AD, w3_EDF, sizes_E, implementation)
-    # The routing weight goes in before w2, in float32: after it, the rounding of a low-precision product
-    # would differ from the released inference code.
+    # The routing weight goes in before w2, in float32, as in the released inference code; after w2
+    # low precision rounds differently.
     hidden_AF = (swiglu(gate_AF, up_AF, limit) * weight_A[:, None]).astype(x_TD.dtype)
     out_AD = grouped_matmul(hidden_AF, w2_EFD, sizes_E, implementation)
-    return _combine(*align_varying(out_AD, order_A, inverse_A), top_k)
+    return _combine(out_AD, order_A, inverse_A, top_k)
 
 
-# Sorting assignments by expert is a permutation, so the gradient of a gather is the gather by the inverse
-# permutation. Autodiff would write a scatter-add, which is slow and, in low precision, depends on the order.
+# Sorting assignments by expert is a permutation, so the gradient of a gather is the gather by the
+# inverse permutation. Autodiff would write a scatter-add: slow, and its sums depend on the order.
 
 
 @jax.custom_vjp
@@ -294,8 +318,8 @@ class MoEStats(NamedTuple):
     """What the training loop reads off a layer.
 
     Attributes:
-      load: float32 [E], valid tokens per expert. balance: float32 scalar, the balance loss summed over valid
-        tokens; None where a hash table routes.
+      load: float32 [E], valid tokens per expert.
+      balance: float32 scalar, the balance loss summed over valid tokens; None for a hash router.
     """
 
     load: jax.Array
@@ -305,9 +329,7 @@ class MoEStats(NamedTuple):
 class MoE(nnx.Module):
     """Router, routed experts and shared expert of one layer."""
 
-    def __init__(
-        self, router: LearnedRouter | HashRouter, experts: Experts, shared: SharedExpert
-    ):
+    def __init__(self, router: LearnedRouter | HashRouter, experts: Experts, shared: SharedExpert):
         self.router, self.experts, self.shared = router, experts, shared
 
     def __call__(
@@ -317,8 +339,14 @@ class MoE(nnx.Module):
 
         Args:
           x_BSD: normalised hidden states. tokens_BS: input ids, read by a hash router.
-          segment_ids_BS: int32 documents, 0 is padding, which the statistics leave out; None: one per row.
+          segment_ids_BS: int32 documents; 0 is padding, which the statistics leave out. None makes
+            each row one document.
+
+        Raises:
+          ValueError: when the mesh does not divide the batch, the sequence, the number of experts
+            or their width.
         """
+        _check_divisible(x_BSD.shape, self.experts.w1.shape)
         routing = self.router(x_BSD, tokens_BS)
         routed = self.experts(x_BSD, routing.indices_BSK, routing.weights_BSK)
         y_BSD = (routed + self.shared(x_BSD)).astype(x_BSD.dtype)

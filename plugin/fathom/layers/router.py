@@ -1,8 +1,10 @@
-"""Which experts a token goes to and with what weight, and the statistics that keep experts balanced.
+"""Which experts a token goes to, with what weight, and the statistics that keep experts balanced.
 
-Scores are sqrt(softplus(x W)), in float32 from both operands on (spec 1.2 "MoE"): a product in bfloat16 ties
-and flips experts. Selection is either learned, by score plus a bias that only ever selects, or a fixed table
-from token id to experts.
+Scores are sqrt(softplus(x W)), in float32 from both operands on: a product in bfloat16 makes ties
+and flips experts. Selection is either learned, by score plus a bias that only ever selects, or a
+fixed table from token id to experts.
+
+Letters: B batch, S sequence, D hidden, E experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from fathom.layers.param import HashTable, RouterBias, constant, normal, param
-from fathom.mesh import constrain
+from fathom.mesh import constrain, mesh_axes
 
 
 class Routing(NamedTuple):
@@ -33,12 +36,11 @@ class Routing(NamedTuple):
 
 def sqrt_softplus(x: jax.Array) -> jax.Array:
     """sqrt(softplus(x)), exact in float32 and with a finite gradient for any finite x."""
-    # Below -20 softplus(x) = exp(x) in float32; its square root taken directly would divide 0 by 0 in the
-    # gradient where exp(x) underflows.
+    # Below -20 softplus(x) is exp(x) in float32. Where exp(x) underflows, the gradient of its root
+    # would be 0 / 0.
     tail = x < -20.0
-    return jnp.where(
-        tail, jnp.exp(0.5 * x), jnp.sqrt(jax.nn.softplus(jnp.where(tail, 0.0, x)))
-    )
+    low, high = jnp.where(tail, x, 0.0), jnp.where(tail, 0.0, x)
+    return jnp.where(tail, jnp.exp(0.5 * low), jnp.sqrt(jax.nn.softplus(high)))
 
 
 def router_scores(x_BSD: jax.Array, weight_DE: jax.Array) -> jax.Array:
@@ -53,7 +55,7 @@ def router_scores(x_BSD: jax.Array, weight_DE: jax.Array) -> jax.Array:
 
 
 def routing_from(scores_BSE: jax.Array, indices_BSK: jax.Array, scale: float) -> Routing:
-    """The routing to the given experts: weights are their scores over the scores' sum, times `scale`."""
+    """The routing to the given experts: weights are their scores over their sum, times `scale`."""
     experts = jnp.arange(scores_BSE.shape[-1], dtype=indices_BSK.dtype)
     # One masked sum per choice: its gradient is a select, where a gather's is a scatter-add.
     chosen = [
@@ -69,7 +71,8 @@ class LearnedRouter(nnx.Module):
     """Selects the top_k of scores + bias; ties go to the lowest expert id.
 
     Attributes:
-      weight: [D, E]. bias: RouterBias float32 [E], starts at 0; selects, never weighs, has no gradient.
+      weight: [D, E].
+      bias: RouterBias float32 [E], starts at 0; it selects, never weighs, and has no gradient.
     """
 
     def __init__(
@@ -99,8 +102,8 @@ class LearnedRouter(nnx.Module):
         """[B, S, D] -> Routing; `tokens_BS` is not used."""
         del tokens_BS
         scores = router_scores(x_BSD, self.weight[...])
-        _, indices = jax.lax.top_k(jax.lax.stop_gradient(scores + self.bias[...]), self.top_k)
-        return routing_from(scores, indices.astype(jnp.int32), self.scale)
+        indices = _top_k(jax.lax.stop_gradient(scores + self.bias[...]), self.top_k)
+        return routing_from(scores, indices, self.scale)
 
 
 class HashRouter(nnx.Module):
@@ -142,6 +145,26 @@ class HashRouter(nnx.Module):
         return routing_from(scores, indices, self.scale)
 
 
+def split_axes(logical: str) -> tuple[str, ...]:
+    """The mesh axes larger than 1 that the active rules split a logical axis over."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return tuple(axis for axis in mesh_axes(logical) if sizes.get(axis, 1) > 1)
+
+
+def _top_k(values_BSE: jax.Array, top_k: int) -> jax.Array:
+    """Indices int32 [B, S, K] of the largest values, ties to the lowest index."""
+
+    def select(values: jax.Array) -> jax.Array:
+        return jax.lax.top_k(values, top_k)[1].astype(jnp.int32)
+
+    batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
+    if not batch + sequence:
+        return select(values_BSE)
+    # XLA would gather the whole batch on every device: it does not partition top_k.
+    spec = PartitionSpec(batch or None, sequence or None)
+    return jax.shard_map(select, in_specs=spec, out_specs=spec)(values_BSE)
+
+
 def _check_top_k(top_k: int, num_experts: int) -> None:
     if not 1 <= top_k <= num_experts:
         raise ValueError(
@@ -159,14 +182,12 @@ def _router_weight(rngs, hidden_size, num_experts, init_std, param_dtype) -> nnx
     )
 
 
-def balanced_hash_table(
-    key: jax.Array, vocab_size: int, top_k: int, num_experts: int
-) -> jax.Array:
+def balanced_hash_table(key: jax.Array, vocab_size: int, top_k: int, num_experts: int) -> jax.Array:
     """A random table int32 [V, K] that loads the experts evenly and never names one twice in a row.
 
     Token ids are shuffled and dealt in runs of E. Within a run, choice k of the j-th token is
-    `shuffled[(j + offset_k) mod E]` with distinct offsets, so each choice is a permutation of the experts: the
-    run uses every expert exactly K times.
+    `shuffled[(j + offset_k) mod E]` with distinct offsets, so each choice is a permutation of the
+    experts and the run uses every expert exactly K times.
     """
     key_tokens, key_experts, key_offsets = jax.random.split(key, 3)
     num_runs = -(-vocab_size // num_experts)
@@ -189,10 +210,8 @@ def _chosen_BSE(indices_BSK: jax.Array, num_experts: int) -> jax.Array:
     return jnp.sum(indices_BSK[..., None] == experts, axis=-2, dtype=jnp.float32)
 
 
-def expert_load(
-    indices_BSK: jax.Array, mask_BS: jax.Array | None, num_experts: int
-) -> jax.Array:
-    """How many valid tokens chose each expert, float32 [E]; it sums to K times the number of valid tokens.
+def expert_load(indices_BSK: jax.Array, mask_BS: jax.Array | None, num_experts: int) -> jax.Array:
+    """How many valid tokens chose each expert, float32 [E]; sums to K times the valid tokens.
 
     Args:
       mask_BS: True or 1 where the token counts; None counts all of them.
@@ -204,23 +223,24 @@ def expert_load(
 
 
 def sequence_balance_loss(routing: Routing, segment_ids_BS: jax.Array | None) -> jax.Array:
-    """Sequence-wise balance loss of DeepSeek-V3 (eq. 17-20), per document, summed over valid tokens.
+    """Sequence-wise balance loss of DeepSeek-V3, per document, summed over valid tokens.
 
-    With s' = scores / sum(scores), f_i = E / (K T) * (tokens of the document that chose i) and P_i the mean of
-    s'_i over the document's T tokens, a document contributes T * sum_i f_i P_i. Divide the sum by the number of
-    valid tokens for the token-weighted mean. No gradient flows through the counts.
+    With s' = scores / sum(scores), f_i = E / (K T) * (tokens of the document that chose i) and P_i
+    the mean of s'_i over the document's T tokens, a document contributes T * sum_i f_i P_i. Divide
+    the sum by the number of valid tokens for the token-weighted mean. No gradient flows through f.
 
     Args:
-      segment_ids_BS: a document is a run of equal non-zero ids; 0 is padding, which takes part in nothing.
-        None makes each row one document.
+      segment_ids_BS: a document is a run of equal non-zero ids; 0 is padding, which takes part in
+        nothing. None makes each row one document.
 
     Returns:
       float32 scalar.
     """
-    scores, (batch, length, top_k) = routing.scores_BSE, routing.indices_BSK.shape
-    num_experts = scores.shape[-1]
+    scores = routing.scores_BSE
+    _, length, num_experts = scores.shape
+    top_k = routing.indices_BSK.shape[-1]
     share = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    # Counts need whole rows. Gathering the ids over a split sequence is cheaper than gathering counts.
+    # Counts need whole rows; over a split sequence ids are cheaper to gather than counts.
     indices = constrain(routing.indices_BSK, ("act_batch", None, None))
     chosen = _chosen_BSE(indices, num_experts)
     if segment_ids_BS is None:

@@ -151,6 +151,20 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             manager.close()
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        # A save under way when the run fails is of a good step: let it complete, and report the first failure.
+        try:
+            self.wait()
+        except CheckpointError as late:
+            if error is None:
+                raise
+            logger.error("%s", late)
+        finally:
+            self.close()
+
     def _finish(self, timeout: float | None) -> None:
         if self._pending is None:
             return

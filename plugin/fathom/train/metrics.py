@@ -76,8 +76,12 @@ class MetricWriter:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            purge = None if resume_step is None else resume_step + 1
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge)
+            # The suffix keeps a run that resumes within the same second from overwriting the file.
+            self._board = SummaryWriter(
+                str(self.run_dir / "tensorboard"),
+                purge_step=None if resume_step is None else resume_step + 1,
+                filename_suffix=f".{resume_step or 0}",
+            )
         if wandb_module is not None:
             self._wandb_run = _start_wandb(wandb_module, wandb, self.run_dir, config)
 
@@ -339,10 +343,19 @@ def make_progress(
     return LineLogger(total, start, every=every, stream=stream)
 
 
+def _is_shown(name: str, value: Any) -> bool:
+    """Whether a metric is worth room on a line: hashes and every block's own load are not."""
+    if isinstance(value, Mapping) or np.ndim(value) != 0:
+        return False
+    one_of_many = name.startswith("expert_load/") and name != "expert_load/worst"
+    nothing_skipped = name == "skipped_steps" and not value
+    return name != "batch_hash" and not one_of_many and not nothing_skipped
+
+
 def _scalar_texts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     texts = []
     for name, value in metrics.items():
-        if isinstance(value, Mapping) or np.ndim(value) != 0:
+        if not _is_shown(name, value):
             continue
         number = float(value)
         plain = number == 0 or 1e-3 <= abs(number) < 1e5
@@ -421,4 +434,4 @@ def _draw(axis: Any, curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label:
         )
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(fontsize=9, framealpha=0.9, edgecolor="none", loc="upper right")

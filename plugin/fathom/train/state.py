@@ -68,16 +68,24 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.S
 
 
 def _build(spec: ModelSpec, options: ComputeOptions, key: jax.Array) -> nnx.Module:
-    # Sharding comes from out_shardings of the jitted initializer; flax must not shard on its own.
-    with nnx.use_eager_sharding(False):
+    # Sharding comes from out_shardings of the jitted initializer. Flax must see no mesh meanwhile: it would
+    # take logical axes for mesh axes.
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with nnx.use_eager_sharding(False), no_mesh:
         return spec.build(spec.config, nnx.Rngs(key), options)
 
 
 def split_model(spec: ModelSpec, options: ComputeOptions) -> SplitModel:
-    """Traces the model's construction without allocating anything."""
-    model = nnx.eval_shape(lambda: _build(spec, options, jax.random.key(0)))
-    graphdef, params, rng_state, model_state = _split(model)
-    return SplitModel(graphdef, params, model_state, rng_state)
+    """Traces the model's construction without allocating anything, inside a sharding scope or not."""
+    graphdefs = []
+
+    def abstract():
+        graphdef, *states = _split(_build(spec, options, jax.random.key(0)))
+        graphdefs.append(graphdef)
+        return states
+
+    params, rng_state, model_state = jax.eval_shape(abstract)
+    return SplitModel(graphdefs[0], params, model_state, rng_state)
 
 
 def init_variables(

@@ -16,10 +16,10 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from fathom import zoo
 from fathom.layers.losses import LossWeights, count_targets
 from fathom.layers.options import ComputeOptions
 from fathom.mesh import Rules, batch_sharding, sharding_scope
+from fathom.recipe import Recipe
 from fathom.train import optimizer
 from fathom.train.state import (
     SplitModel,
@@ -79,27 +79,7 @@ class Program:
             return traced.lower(lowering_platforms=platforms) if platforms else traced.lower()
 
 
-def resolve_model(block: Any) -> tuple[ModelSpec, ComputeOptions]:
-    """The recipe's model block -> (spec at that size, compute options).
-
-    Raises:
-      ValueError: for an unknown model, or a `config` key that its architecture does not have.
-    """
-    spec = zoo.get(block.name)
-    known = {field.name for field in dataclasses.fields(spec.config)}
-    unknown = sorted(set(block.config) - known)
-    if unknown:
-        raise ValueError(
-            f"model.config has {unknown}, which {type(spec.config).__name__} does not know; "
-            f"it has {sorted(known)}"
-        )
-    if block.config:
-        spec = spec.with_config(dataclasses.replace(spec.config, **block.config))
-    fields = dataclasses.fields(ComputeOptions)
-    return spec, ComputeOptions(**{field.name: getattr(block, field.name) for field in fields})
-
-
-def make_program(recipe: Any, mesh: Mesh | AbstractMesh) -> Program:
+def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
     """Everything that runs on the devices, from a recipe.
 
     Args:
@@ -107,9 +87,9 @@ def make_program(recipe: Any, mesh: Mesh | AbstractMesh) -> Program:
       mesh: real, abstract, or of a topology that is not attached.
 
     Raises:
-      ValueError: when model, sharding preset, schedule and mesh do not fit together.
+      ValueError: when model, sharding preset, schedule and mesh do not fit together (`Recipe.check` says more).
     """
-    spec, options = resolve_model(recipe.model)
+    spec, options = recipe.model_spec(), recipe.model.compute_options()
     rules = spec.preset(recipe.mesh.preset)
     block, train = recipe.optimizer, recipe.train
     with sharding_scope(mesh, rules):

@@ -20,6 +20,7 @@ EXPERT_DTYPES = ("fp4", "fp8", None)
 # Bounds far above any released model, so that a damaged or hostile config is refused here and not
 # by the machine's memory.
 _MAX_LAYERS = 4096
+_MAX_LAYERS_TIMES_EXPERTS = 2**20
 _MAX_INT = 2**31 - 1
 
 
@@ -274,6 +275,8 @@ class DeepseekV4Config:
         count = len(self.attention_kinds)
         if not 1 <= count <= _MAX_LAYERS:
             raise ValueError(f"attention_kinds: {count} layers, expected 1 to {_MAX_LAYERS}")
+        experts = count * self.num_experts
+        _check_at_most("num_layers x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
         for name in ("compress_ratios", "router_kinds"):
             if len(getattr(self, name)) != count:
                 raise ValueError(
@@ -325,8 +328,8 @@ class DeepseekV4Config:
             raise ValueError(f"mtp_kind: found {self.mtp_kind!r}, expected one of {MTP_KINDS}")
         if (self.mtp_kind == "dspark") != (self.dspark is not None):
             raise ValueError(
-                f"mtp_kind {self.mtp_kind!r} with dspark {self.dspark!r}: the dspark numbers go with "
-                "mtp_kind 'dspark' and with nothing else"
+                f"mtp_kind {self.mtp_kind!r} with dspark {self.dspark!r}: the dspark numbers go "
+                "with mtp_kind 'dspark' and with nothing else"
             )
         if self.dspark is not None:
             for layer in self.dspark.target_layer_ids:
@@ -347,6 +350,14 @@ class DeepseekV4Config:
                     continue
                 _check_int(name, token, 0)
                 _check_at_most(name, token, "the last token id", self.vocab_size - 1)
+
+    def require_plain_mtp(self) -> None:
+        """Raises ValueError for DSpark's blocks, whose structure this model does not have."""
+        if self.num_mtp_layers and self.mtp_kind != "mtp":
+            raise ValueError(
+                f"mtp_kind {self.mtp_kind!r}: its blocks are not part of this model; leave them "
+                "out with num_mtp_layers=0, mtp_kind='mtp', dspark=None"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -408,7 +419,7 @@ class DeepseekV4Config:
             vocab_size=264,
             hidden_size=128,
             num_heads=4,
-            head_dim=64,
+            head_dim=80,
             rope_head_dim=16,
             q_lora_rank=64,
             o_groups=2,

@@ -75,8 +75,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "router_jitter_noise": (0, 0.0),
+    "attention_dropout": (0.0, 0),
+    "router_jitter_noise": (0.0, 0),
     "tie_word_embeddings": (False,),
 }
 # Keys that say nothing about the architecture.
@@ -332,8 +332,8 @@ def _mtp(fields: _Fields, trailing: int) -> dict[str, Any]:
     number = trailing or declared
     if trailing and declared not in (None, 1, trailing) or not number:
         fields.problems.append(
-            f"num_nextn_predict_layers: found {declared!r} with {trailing} trailing schedule entries "
-            "and DSpark keys, expected one schedule entry per DSpark stage"
+            f"num_nextn_predict_layers: found {declared!r} with {trailing} trailing schedule "
+            "entries and DSpark keys, expected one schedule entry per DSpark stage"
         )
     try:
         dspark = DsparkConfig(**{_DSPARK_KEYS[key]: value for key, value in given.items()})
@@ -358,7 +358,8 @@ def _rope(fields: _Fields, head_dim: Any) -> dict[str, Any]:
             isinstance(main, Mapping) and isinstance(compress, Mapping)
         ):
             fields.problems.append(
-                f"rope_parameters: found keys {sorted(parameters)}, expected objects main and compress"
+                f"rope_parameters: found keys {sorted(parameters)}, expected objects main and "
+                "compress"
             )
             return {}
         if _yarn(fields, "rope_parameters.main", main) is not None:

@@ -126,11 +126,14 @@ def _experts(c: DeepseekV4Config, hub: str, ours: Path, index: tuple[int, ...]) 
     return tensors
 
 
-def _place(rows: list[Row], hub: str, ours: Path, index: tuple[int, ...]) -> list[HubTensor]:
-    return [
-        HubTensor(hub + name, shape, storage, (*ours, *path), index, layout)
-        for name, path, shape, storage, layout in rows
-    ]
+def _place(
+    c: DeepseekV4Config, rows: list[Row], hub: str, ours: Path, index: tuple[int, ...] = ()
+) -> list[HubTensor]:
+    tensors = []
+    for name, path, shape, storage, layout in rows:
+        limit = c.num_experts if storage == "i64" else None
+        tensors.append(HubTensor(hub + name, shape, storage, (*ours, *path), index, layout, limit))
+    return tensors
 
 
 def layer_place(config: DeepseekV4Config, layer: int) -> tuple[Path, tuple[int, ...]]:
@@ -155,12 +158,9 @@ def hub_tensors(config: DeepseekV4Config) -> list[HubTensor]:
       ValueError: for DSpark's blocks, whose structure this model does not have.
     """
     c, dim, n = config, config.hidden_size, config.hc_mult
-    if c.num_mtp_layers and c.mtp_kind != "mtp":
-        raise ValueError(
-            f"mtp_kind {c.mtp_kind!r}: its blocks are not part of this model; use dataclasses.replace("
-            "config, mtp_kind='mtp', dspark=None, num_mtp_layers=0) to leave them out"
-        )
+    c.require_plain_mtp()
     tensors = _place(
+        c,
         [
             _same("embed.weight", ("embed", "weight"), "bf16", c.vocab_size, dim),
             _matrix("head.weight", ("head", "weight"), "bf16", c.vocab_size, dim),
@@ -169,12 +169,11 @@ def hub_tensors(config: DeepseekV4Config) -> list[HubTensor]:
         ],
         "",
         (),
-        (),
     )
     for layer, kinds in enumerate(c.layer_kinds):
         path, index = layer_place(c, layer)
         hub = f"layers.{layer}."
-        tensors += _place(_block(c, *kinds), hub, path, index) + _experts(c, hub, path, index)
+        tensors += _place(c, _block(c, *kinds), hub, path, index) + _experts(c, hub, path, index)
     for number in range(c.num_mtp_layers):
         hub, path = f"mtp.{number}.", ("mtp", number)
         outer = [
@@ -187,8 +186,8 @@ def hub_tensors(config: DeepseekV4Config) -> list[HubTensor]:
             *_hyper_connection("hc_head", "hc_head", n, 1, n, dim),
         ]
         block = (*path, "block")
-        tensors += _place(outer, hub, path, ())
-        tensors += _place(_block(c, "sliding", 0, "learned"), hub, block, ())
+        tensors += _place(c, outer, hub, path)
+        tensors += _place(c, _block(c, "sliding", 0, "learned"), hub, block)
         tensors += _experts(c, hub, block, ())
     return tensors
 

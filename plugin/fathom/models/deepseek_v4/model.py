@@ -16,7 +16,7 @@ from flax import nnx
 from fathom.layers.documents import Documents, make_documents
 from fathom.layers.hyper_connections import HyperConnection, HyperHead, collapse, expand
 from fathom.layers.linear import Linear
-from fathom.layers.moe import MoE
+from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.norms import RMSNorm
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import normal, param
@@ -133,17 +133,16 @@ def make_moe(rngs: nnx.Rngs, config: DeepseekV4Config, router_kind: str, dtype: 
         router = HashRouter(rngs, vocab_size=config.vocab_size, **common)
     else:
         router = LearnedRouter(rngs, **common)
-    return MoE(
-        rngs,
-        router,
+    size = dict(
         hidden_size=config.hidden_size,
-        intermediate_size=config.moe_intermediate_size,
-        num_experts=config.num_experts,
-        num_shared_experts=config.num_shared_experts,
-        swiglu_limit=config.swiglu_limit,
+        limit=config.swiglu_limit,
         init_std=config.initializer_range,
         param_dtype=dtype,
     )
+    inner = config.moe_intermediate_size
+    experts = Experts(rngs, intermediate_size=inner, num_experts=config.num_experts, **size)
+    shared = SharedExpert(rngs, intermediate_size=inner * config.num_shared_experts, **size)
+    return MoE(router, experts, shared)
 
 
 class Block(nnx.Module):

@@ -1,0 +1,430 @@
+"""What a checkpoint is, from headers alone: model, tensors, dtypes, bytes by group, problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.safetensors_io import (
+    INDEX_NAME,
+    SafetensorsCheckpoint,
+    SafetensorsError,
+    SafetensorsFile,
+    TensorInfo,
+)
+from fathom import zoo
+from fathom.hub import HubTensor
+
+CONFIG_NAME = "config.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+MAX_SHOWN = 20
+FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
+SCALE_DTYPES = ("F8_E8M0", "F32")
+WRITERS = ("fathom-jax", "jax")
+MAX_UNFOUNDED_TENSORS = 1_000_000
+"""A config is disbelieved when it describes this many tensors more than ten times those found."""
+
+# A name counts under the first group it matches; names are native Hub names or our paths.
+_GROUPS = tuple(
+    (group, re.compile(pattern))
+    for group, pattern in (
+        ("mtp", r"(^|[./])mtp[./]"),
+        ("experts", r"[./]experts([./]|$)"),
+        ("shared experts", r"[./]shared(_experts)?[./]"),
+        ("router", r"[./](gate|router)[./]"),
+        ("hc", r"(^|[./])hc_|_hc[./]"),
+        ("indexer", r"[./]indexer[./]"),
+        ("compressor", r"[./]compressor[./]"),
+        ("attention", r"[./](self_)?attn[./]"),
+        ("embed", r"(^|[./])embed"),
+        ("head", r"(^|[./])(lm_)?head[./]"),
+        ("norm", r"norm"),
+    )
+)
+
+
+def group_of(name: str) -> str:
+    """The group that a tensor counts under, by its name."""
+    return next((group for group, pattern in _GROUPS if pattern.search(name)), "other")
+
+
+@dataclasses.dataclass
+class Report:
+    """What `fathom inspect` found.
+
+    Attributes:
+      path: what was looked at. kind: "hub folder", "safetensors file" or "fathom checkpoint".
+      model: the zoo's name, a description when the zoo has no such size, None when unknown.
+      config: the architecture's fields, empty when unknown.
+      tensors, parameters, num_bytes: counts; of quantised tensors `parameters` counts stored
+        elements.
+      dtypes: dtype as spelled in the files -> [tensors, bytes].
+      groups: group (embed, attention, experts, ...) -> bytes.
+      details: further facts, name -> text.
+      notes: remarkable and sound. problems: what is wrong.
+    """
+
+    path: str
+    kind: str
+    model: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tensors: int = 0
+    parameters: int = 0
+    num_bytes: int = 0
+    dtypes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    groups: dict[str, int] = dataclasses.field(default_factory=dict)
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def count(self, name: str, dtype: str, elements: int, num_bytes: int) -> None:
+        """Adds one tensor."""
+        self.tensors += 1
+        self.parameters += elements
+        self.num_bytes += num_bytes
+        entry = self.dtypes.setdefault(dtype, [0, 0])
+        entry[0] += 1
+        entry[1] += num_bytes
+        group = group_of(name)
+        self.groups[group] = self.groups.get(group, 0) + num_bytes
+
+    def to_text(self) -> str:
+        """The report for people."""
+        rows = [("path", self.path), ("kind", self.kind), ("model", self.model or "unknown")]
+        rows += list(self.details.items())
+        rows.append(("tensors", f"{self.tensors:,} ({self.parameters:,} elements)"))
+        rows.append(("size", _size(self.num_bytes)))
+        lines = [f"{name:<12}{text}" for name, text in rows]
+        if self.dtypes:
+            lines.append("dtypes")
+            ordered = sorted(self.dtypes.items(), key=lambda item: -item[1][1])
+            lines += [f"  {name:<14}{n:>8,} tensors  {_size(b):>12}" for name, (n, b) in ordered]
+        if self.groups:
+            lines.append("groups")
+            ordered = sorted(self.groups.items(), key=lambda item: -item[1])
+            lines += [f"  {name:<14}{_size(b):>12}" for name, b in ordered]
+        lines += [f"note        {note}" for note in self.notes]
+        lines.append(f"problems    {len(self.problems) or 'none'}")
+        lines += [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
+        if len(self.problems) > MAX_SHOWN:
+            lines.append(f"  and {len(self.problems) - MAX_SHOWN} more (--json lists all)")
+        return "\n".join(lines)
+
+    def write_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes every field, lists in full."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, default=str)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _size(num_bytes: int) -> str:
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
+        if value < 1024:
+            break
+        value /= 1024
+    return f"{num_bytes} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+# --- The Hub's side ------------------------------------------------------------------------------
+
+
+def is_hub_path(path: Path) -> bool:
+    """Whether a path is for `inspect_hub`: a file, or a folder with a config or weight files."""
+    if path.is_file():
+        return True
+    if (path / INDEX_NAME).exists() or any(path.glob("*.safetensors")):
+        return True
+    return (path / CONFIG_NAME).is_file() or any(
+        file.suffix in PICKLED for file in path.iterdir() if file.is_file()
+    )
+
+
+def inspect_hub(path: str | os.PathLike[str]) -> Report:
+    """The report on a safetensors file or a Hub-format folder, from headers, never tensor data."""
+    path = Path(path)
+    report = Report(str(path), "hub folder" if path.is_dir() else "safetensors file")
+    tensors = _read_headers(path, report.problems)
+    spec, config = _read_config(path, report)
+    if spec is not None:
+        report.model = _model_name(config)
+        report.config = json.loads(json.dumps(dataclasses.asdict(config)))
+    pieces = _spelling_of(spec)
+    places: dict[str, tuple[TensorInfo, tuple[int, ...]]] = {}
+    for name, info in tensors.items():
+        native = _native(name, info, pieces, report.problems)
+        first = native[0][0] if native else name
+        report.count(first, info.dtype, math.prod(info.shape), info.num_bytes)
+        for piece, shape in native:
+            if piece in places:
+                other = places[piece][0].name
+                report.problems.append(f"{piece}: found twice, as {other} and {name}")
+            places[piece] = (info, shape)
+    if path.is_dir() and spec is not None and tensors:
+        _compare(spec, config, places, report)
+    _storage_notes(config, places, report)
+    return report
+
+
+def _read_headers(path: Path, problems: list[str]) -> dict[str, TensorInfo]:
+    """Name -> header entry. Damaged files are told and left out."""
+    pickled = [f.name for f in _files(path) if f.suffix in PICKLED]
+    problems += [f"{name}: pickled, which is never read; convert it elsewhere" for name in pickled]
+    if path.is_file() and path.suffix in PICKLED:
+        return {}
+    try:
+        return dict(SafetensorsCheckpoint(path).tensors)
+    except FileNotFoundError as error:
+        problems += [] if pickled else [str(error)]
+        return {}
+    except SafetensorsError as error:
+        problems += [line.strip() for line in str(error).splitlines()]
+    found: dict[str, TensorInfo] = {}
+    for file in _files(path):
+        if path.is_dir() and file.suffix == ".safetensors":
+            try:
+                found |= SafetensorsFile(file).tensors
+            except SafetensorsError:
+                continue  # among the problems already
+    return found
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
+
+
+def _read_config(path: Path, report: Report) -> tuple[zoo.ModelSpec | None, Any]:
+    """The zoo's spec whose `config_from_hf` understands the folder's config, and the config."""
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if not file.is_file():
+        if path.is_dir():
+            report.problems.append(f"{CONFIG_NAME} is missing: the model is unknown")
+        return None, None
+    errors: list[str] = []
+    for spec in map(zoo.get, zoo.names()):
+        if spec.config_from_hf is None:
+            continue
+        try:
+            return spec, spec.config_from_hf(file)
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    # Several sizes of a family refuse with the same words.
+    report.problems += sorted(set(errors)) or [f"no model of the zoo reads {file}"]
+    return None, None
+
+
+def _model_name(config: Any) -> str:
+    """The zoo's name for this architecture, or what it is when the zoo has no such size."""
+
+    def core(value: Any) -> dict[str, Any]:
+        # How a file stores its experts does not make it another model.
+        return {k: v for k, v in dataclasses.asdict(value).items() if k != "expert_dtype"}
+
+    for name in zoo.names():
+        known = zoo.get(name).config
+        if type(known) is type(config) and core(known) == core(config):
+            return name
+    family = type(config).__name__.removesuffix("Config")
+    layers = getattr(config, "num_layers", None)
+    return f"{family}, {layers} layers (a size of its own)" if layers else family
+
+
+def _spelling_of(spec: zoo.ModelSpec | None) -> Callable[..., list] | None:
+    """`native_pieces` of the module that holds the model's Hub table, where it has one.
+
+    It maps (name, shape) in any spelling to [(native name, index)].
+    """
+    if spec is None or spec.hub_tensors is None:
+        return None
+    return getattr(sys.modules[spec.hub_tensors.__module__], "native_pieces", None)
+
+
+def _native(
+    name: str, info: TensorInfo, pieces: Callable[..., list] | None, problems: list[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """(native name, shape) of every weight in a tensor."""
+    if pieces is None:
+        return [(name, info.shape)]
+    try:
+        found = pieces(name, info.shape)
+    except ValueError as error:
+        problems.append(str(error))
+        return []
+    return [(native, _indexed(info.shape, index)) for native, index in found]
+
+
+def _indexed(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
+    kept = []
+    for axis, size in enumerate(shape):
+        entry = index[axis] if axis < len(index) else slice(None)
+        if isinstance(entry, slice):
+            kept.append(len(range(*entry.indices(size))))
+    return tuple(kept)
+
+
+def _compare(
+    spec: zoo.ModelSpec,
+    config: Any,
+    places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]],
+    report: Report,
+) -> None:
+    """Missing, extra and wrongly shaped or typed tensors against the model's table."""
+    described = getattr(config, "num_layers", 0) * getattr(config, "num_experts", 0) * 3
+    if described > MAX_UNFOUNDED_TENSORS + 10 * len(places):
+        report.problems.append(
+            f"{CONFIG_NAME} describes {described:,} expert tensors, the files hold {len(places):,}"
+        )
+        return
+    try:
+        table = spec.hub_tensors(config)
+    except ValueError as error:
+        report.problems.append(str(error))
+        return
+    known = {tensor.name for tensor in table}
+    missing = []
+    for tensor in table:
+        if tensor.name not in places:
+            missing.append(tensor.name)
+            continue
+        info, shape = places[tensor.name]
+        report.problems += _check_tensor(tensor, info, shape, places)
+        if info.dtype not in FLOAT_DTYPES and tensor.scale_name is not None:
+            known.add(tensor.scale_name)
+    by_transformers = any(info.name.startswith("model.") for info, _ in places.values())
+    if by_transformers and missing and all(name.startswith("mtp.") for name in missing):
+        report.notes.append(
+            f"no multi-token prediction ({len(missing)} tensors), as transformers saves models"
+        )
+        missing = []
+    report.problems += [f"{name}: missing" for name in missing]
+    report.problems += [
+        f"{info.name}: left over, the model has no such tensor (shape {list(info.shape)})"
+        for name, (info, _) in places.items()
+        if name not in known
+    ]
+
+
+def _check_tensor(
+    tensor: HubTensor,
+    info: TensorInfo,
+    shape: tuple[int, ...],
+    places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]],
+) -> Iterable[str]:
+    if tensor.storage == "i64":
+        if info.dtype not in ("I64", "I32"):
+            yield f"{info.name}: dtype {info.dtype}, expected I64 or I32"
+        expected = tensor.shape
+    elif info.dtype in FLOAT_DTYPES:
+        expected = tensor.shape
+    elif info.dtype in ("F8_E4M3", "I8") and tensor.scale_name is not None:
+        packed = info.dtype == "I8"
+        *rows, columns = tensor.shape
+        expected = (*rows, columns // 2) if packed else tensor.shape
+        yield from _check_scale(tensor, packed, places)
+    else:
+        yield f"{info.name}: dtype {info.dtype}, which this tensor never has"
+        return
+    if shape != tuple(expected):
+        yield f"{info.name}: shape {list(shape)}, expected {list(expected)} as {info.dtype}"
+
+
+def _check_scale(
+    tensor: HubTensor, packed: bool, places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]]
+) -> Iterable[str]:
+    name = tensor.scale_name
+    if name not in places:
+        yield f"{name}: missing, and {tensor.name} is quantised"
+        return
+    storage = "fp4" if packed else "fp8"
+    expected = dataclasses.replace(tensor, storage=storage).stored()[1].shape
+    info, shape = places[name]
+    if shape != expected:
+        yield f"{info.name}: shape {list(shape)}, expected {list(expected)} for {storage}"
+    if info.dtype not in SCALE_DTYPES:
+        yield f"{info.name}: dtype {info.dtype}, expected one of {', '.join(SCALE_DTYPES)}"
+
+
+def _storage_notes(
+    config: Any, places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]], report: Report
+) -> None:
+    """How the routed experts are stored, told by dtype: the -Base models' configs do not say."""
+    found = Counter(
+        info.dtype
+        for name, (info, _) in places.items()
+        if group_of(name) == "experts" and name.endswith(".weight")
+    )
+    if not found:
+        return
+    spelled = {"I8": "FP4 (two to a byte)", "F8_E4M3": "FP8"}
+    report.details["experts"] = ", ".join(spelled.get(dtype, dtype) for dtype in sorted(found))
+    if len(found) > 1:
+        counts = ", ".join(f"{count} {dtype}" for dtype, count in found.most_common())
+        report.problems.append(f"routed experts are stored in different dtypes: {counts}")
+    stored = {"I8": "fp4", "F8_E4M3": "fp8"}.get(next(iter(found)))
+    said = getattr(config, "expert_dtype", None)
+    if stored and said and stored != said:
+        report.notes.append(f"{CONFIG_NAME} says expert_dtype {said}, the tensors are {stored}")
+
+
+# --- Fathom's side -------------------------------------------------------------------------------
+
+
+def inspect_step(
+    folder: str | os.PathLike[str],
+    payload: Mapping[str, Any],
+    steps: Iterable[int],
+    spec: zoo.ModelSpec | None,
+    problems: Iterable[str] = (),
+) -> Report:
+    """The report on one step folder of a Fathom run.
+
+    Args:
+      payload: its JSON part: step, model, versions, mesh, leaves. steps: step folders beside it.
+      spec: its model at its size, None when the zoo here has no such model.
+      problems: those found already.
+    """
+    report = Report(str(folder), "fathom checkpoint", problems=list(problems))
+    report.model = payload["model"]["name"]
+    report.config = dict(payload["model"]["config"])
+    mesh = " x ".join(f"{axis} {size}" for axis, size in payload["mesh"].items() if size > 1)
+    versions = payload["versions"]
+    report.details = {
+        "step": str(payload["step"]),
+        "steps": ", ".join(map(str, steps)),
+        "saved on": f"mesh {mesh or 'of one device'}, {payload['processes']} process(es)",
+        "written by": ", ".join(f"{k} {v}" for k, v in versions.items() if k in WRITERS),
+    }
+    for name, leaf in payload["leaves"].items():
+        elements = math.prod(leaf["shape"])
+        num_bytes = elements * _itemsize(leaf["dtype"])
+        if name.startswith("train/"):
+            report.count("optimizer", leaf["dtype"], elements, num_bytes)
+        else:
+            report.count(name, leaf["dtype"], elements, num_bytes)
+    if "other" in report.groups:
+        report.groups["optimizer state and step"] = report.groups.pop("other")
+    if spec is not None and spec.hub_tensors is not None:
+        report.problems += _missing_leaves(spec, payload)
+    return report
+
+
+def _itemsize(dtype: str) -> int:
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+
+
+def _missing_leaves(spec: zoo.ModelSpec, payload: Mapping[str, Any]) -> list[str]:
+    """Parameters of the model's table that the step does not hold, and the other way round."""
+    expected = {"/".join(map(str, tensor.path)) for tensor in spec.hub_tensors(spec.config)}
+    found = {leaf.split("/", 2)[2] for leaf in payload["leaves"] if leaf.startswith("model/")}
+    problems = [f"{path}: missing" for path in sorted(expected - found)]
+    return problems + [f"{path}: not of this model" for path in sorted(found - expected)]

@@ -1,0 +1,175 @@
+"""The command line: fathom train | logits | inspect | doctor.
+
+Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
+save. jax and the rest are imported by the command that needs them: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class ArgumentProblem(ValueError):
+    """An argument that cannot be used; exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+      argv: the arguments, those of the process unless given.
+    """
+    parser = make_parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has spoken: 0 after --help, 2 after a mistake
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("fathom").setLevel(logging.INFO)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("fathom: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone, and so is anybody to tell
+        return FAILED
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        code, text = describe_error(error)
+        hint = "" if arguments.debug or code == BAD_INPUT else " (--debug shows where)"
+        print(f"fathom {arguments.command}: {text}{hint}", file=sys.stderr)
+        return code
+
+
+def describe_error(error: Exception) -> tuple[int, str]:
+    """Exit code and text of an error that ended a command."""
+    from fathom.recipe_checks import RecipeError
+
+    if isinstance(error, ArgumentProblem | RecipeError):
+        return BAD_INPUT, str(error)
+    text = str(error).strip()
+    # Our own errors are ValueErrors, OSErrors and our classes, with a text for people. Others are
+    # bugs: name the kind, and keep to one line.
+    ours = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("fathom")
+    if ours and text:
+        return FAILED, text
+    first = text.splitlines()[0] if text else "no message"
+    return FAILED, f"{type(error).__name__}: {first}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The argument parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="fathom",
+        description="Train DeepSeek-V4 and DeepSeek-V3.2 in JAX.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption "
+        "after a complete save.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(run=_no_command(parser), command="", debug=False)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run, command=name)
+        return sub
+
+    sub = command("train", "train from a recipe, or resume the run it describes", run_train)
+    sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example train.steps=5 mesh.fsdp=4"
+    )
+
+    sub = command("logits", "run a model on token ids and write its logits", run_logits)
+    sub.add_argument("path", metavar="PATH", help="a Hub-format folder or a Fathom checkpoint")
+    sub.add_argument(
+        "--tokens", required=True, metavar="ids.npy", help="integer token ids, [B, S] or [S]"
+    )
+    sub.add_argument("--out", required=True, metavar="out.npz", help="the file to write")
+    sub.add_argument(
+        "--streams", action="store_true", help="also write hidden_streams_<layer> [B, S, n, D]"
+    )
+    sub.add_argument(
+        "--simulate-quant",
+        action="store_true",
+        help="reproduce the FP8/FP4 rounding of the released inference code",
+    )
+    sub.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="weights and computation"
+    )
+
+    sub = command("inspect", "say what a checkpoint is and what is wrong with it", run_inspect)
+    sub.add_argument("path", metavar="PATH", help="a file or folder of the Hub's, or a Fathom run")
+    sub.add_argument("--json", metavar="F", help="also write the report to this file")
+
+    command("doctor", "check versions and devices, and say what to do", run_doctor)
+    return parser
+
+
+def _no_command(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    def run(arguments: argparse.Namespace) -> int:
+        if arguments.version:
+            from importlib import metadata
+
+            print(f"fathom {metadata.version('fathom-jax')}")
+            return DONE
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+
+    return run
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """fathom train."""
+    from fathom.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    # Before anything can start a backend: simulated devices cannot be changed afterwards.
+    recipe.use_simulated_devices()
+    from fathom.train.loop import train
+
+    result = train(recipe)
+    loss = result.metrics.get("loss")
+    ending = "stopped early, saved" if result.preempted else "done"
+    text = "" if loss is None else f", loss {float(loss):.4f}"
+    print(f"{recipe.name}: {ending} at step {result.step}{text}; run folder {recipe.run_dir}")
+    print(f"checkpoints in {result.checkpoint_dir}")
+    return PREEMPTED if result.preempted else DONE
+
+
+def run_logits(arguments: argparse.Namespace) -> int:
+    """fathom logits."""
+    from fathom.cli_logits import write_logits
+
+    print(write_logits(arguments))
+    return DONE
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """fathom inspect: exit code 1 when the checkpoint has problems."""
+    from fathom.cli_inspect import inspect_path
+
+    report = inspect_path(arguments.path)
+    print(report.to_text())
+    if arguments.json:
+        report.write_json(arguments.json)
+    return FAILED if report.problems else DONE
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """fathom doctor: exit code 1 when something is broken."""
+    from fathom.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(finding)
+    return FAILED if any(finding.level == "bad" for finding in findings) else DONE

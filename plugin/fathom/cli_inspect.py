@@ -1,0 +1,71 @@
+"""`fathom inspect` on any path: Hub formats by `checkpoints_tools`, runs by `fathom.train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.inspect import Report, inspect_hub, inspect_step, is_hub_path
+from fathom import zoo
+from fathom.cli import ArgumentProblem
+from fathom.recipe_checks import Problem, apply_config
+from fathom.zoo import ModelSpec
+
+
+def inspect_path(path: str | os.PathLike[str]) -> Report:
+    """The report on a Hub file or folder, or on a Fathom run, checkpoints folder or step.
+
+    Raises:
+      ArgumentProblem: when the path does not exist or holds no checkpoint of either kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ArgumentProblem(f"{path}: no such file or folder")
+    if is_hub_path(path):
+        return inspect_hub(path)
+    from fathom.train.checkpoint import CheckpointError, find_step, read_payload, step_folders
+
+    folder = find_step(path)
+    candidates = [folder] if folder is not None else []
+    for directory in (path, path / "checkpoints"):
+        candidates += [directory / str(step) for step in reversed(step_folders(directory))]
+    if not candidates:
+        raise ArgumentProblem(
+            f"{path}: no checkpoint; expected a Hub-format folder (config.json, *.safetensors), a "
+            "safetensors file, a Fathom run folder, its checkpoints folder, or one step"
+        )
+    folder = Path(candidates[0])
+    directory = folder.parent
+    problems = []
+    for step in step_folders(directory):
+        try:
+            read_payload(directory / str(step))
+        except CheckpointError as error:
+            problems.append(str(error))
+    problems += [
+        f"{damaged.name} was set aside as damaged by an earlier run"
+        for damaged in sorted(directory.glob("*.corrupt*"))
+    ]
+    try:
+        payload = read_payload(folder)
+    except CheckpointError as error:
+        text = str(error)
+        problems += [] if text in problems else [text]
+        return Report(str(path), "fathom checkpoint", problems=problems)
+    spec = _spec_of(payload, problems)
+    return inspect_step(folder, payload, step_folders(directory), spec, problems)
+
+
+def _spec_of(payload: Mapping[str, Any], problems: list[str]) -> ModelSpec | None:
+    """The saved model at its saved size; what stands in the way is added to `problems`."""
+    try:
+        spec = zoo.get(payload["model"]["name"])
+    except ValueError as error:
+        problems.append(f"{error}; install the package that adds this model")
+        return None
+    found: list[Problem] = []
+    config = apply_config(spec.config, payload["model"]["config"], "model.config", found)
+    problems += map(str, found)
+    return None if found else spec.with_config(config)

@@ -1,0 +1,83 @@
+"""Reads the metrics of each step one step late, so that logging never holds up the devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, a gradient or an update was not finite; the step was not applied and nothing was saved."""
+
+
+SHOWN_FIRST = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+class StepReader:
+    """Holds the metrics of the latest step on the devices until the next one has been dispatched.
+
+    Args:
+      emit: called with (steps done, metrics as floats) for every step, in order.
+      flops_per_token: training flops of one token, for model_flops_per_second.
+      skip_nonfinite: how many non-finite steps in a row are skipped before NonFiniteError.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[int, dict[str, Any]], None],
+        *,
+        flops_per_token: float,
+        skip_nonfinite: int,
+    ):
+        self._emit = emit
+        self._flops_per_token = flops_per_token
+        self._skip_nonfinite = skip_nonfinite
+        self._skipped = 0
+        self._clock: float | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], str] | None = None
+        self.last: dict[str, Any] = {}
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array], batch_hash: str) -> None:
+        """Takes the metrics of `step`, and reports those of the step before it."""
+        self.flush()
+        self._pending = (step, metrics, batch_hash)
+
+    def flush(self) -> None:
+        """Reports the held step, waiting for the devices.
+
+        Raises:
+          NonFiniteError: when it was one bad step too many.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, batch_hash), self._pending = self._pending, None
+        values = {name: float(np.asarray(x)) for name, x in metrics.items()}
+        now = time.perf_counter()
+        tokens = values.pop("tokens")
+        finite = bool(values.pop("finite"))
+        if self._clock is not None:
+            values["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+            values["model_flops_per_second"] = values["tokens_per_second"] * self._flops_per_token
+        self._clock = now
+        self._skipped = 0 if finite else self._skipped + 1
+        values["skipped_steps"] = self._skipped
+        values["batch_hash"] = int(batch_hash[:12], 16)
+        first = {name: values[name] for name in SHOWN_FIRST if name in values}
+        self.last = values = first | values
+        self._emit(step, values)
+        if self._skipped > self._skip_nonfinite:
+            raise NonFiniteError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the update was "
+                f"not applied and nothing was saved ({self._skipped} bad steps in a row, "
+                f"train.skip_nonfinite allows {self._skip_nonfinite}); lower optimizer.learning_rate, look "
+                "at the data of this step, or raise train.skip_nonfinite"
+            )
+
+    def restart_clock(self) -> None:
+        """Keeps time spent elsewhere (saving, evaluation) out of the next step's throughput."""
+        if self._clock is not None:
+            self._clock = time.perf_counter()

@@ -1,0 +1,57 @@
+"""Somebody else's loop: plain optax trains the tiny DeepSeek-V4, sharded, without `fathom.train`."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from fathom import zoo
+from fathom.layers.losses import LossWeights, count_targets
+from fathom.layers.options import ComputeOptions
+from fathom.mesh import batch_sharding, make_mesh, sharding_scope, state_shardings
+
+
+def main(steps: int = 20, rows: int = 8, length: int = 64) -> list[float]:
+    spec, options = zoo.get("deepseek-v4-tiny"), ComputeOptions(dtype="float32")
+    mesh, rules = make_mesh({"data": 2, "fsdp": 2, "expert": 2}), spec.preset("default")
+
+    def build():
+        return nnx.split(spec.build(spec.config, nnx.Rngs(0), options), nnx.Param, ...)
+
+    graphdef = nnx.eval_shape(build)[0]
+    shardings = [state_shardings(state, mesh, rules) for state in nnx.eval_shape(build)[1:]]
+    params, rest = jax.jit(lambda: build()[1:], out_shardings=tuple(shardings))()  # born sharded
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+
+    @jax.jit
+    def step(params, rest, opt_state, batch):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, rest)
+            return spec.loss(model, batch, LossWeights(), count_targets(batch))
+
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        rest = spec.update_state(rest, aux, 1e-3)  # router biases
+        return optax.apply_updates(params, updates), rest, opt_state, loss
+
+    text = Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_bytes()
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    batches = tokens[: len(tokens) // (rows * length) * rows * length].reshape(-1, rows, length)
+    losses = []
+    with sharding_scope(mesh, rules):
+        opt_state = jax.jit(tx.init)(params)
+        for i in range(steps):
+            batch = {"tokens": jax.device_put(batches[i % len(batches)], batch_sharding(mesh, rules))}
+            params, rest, opt_state, loss = step(params, rest, opt_state, batch)
+            losses.append(float(loss))
+            print(f"step {i + 1}: loss {losses[-1]:.4f}", flush=True)
+    return losses
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+    main(*map(int, sys.argv[1:2]))

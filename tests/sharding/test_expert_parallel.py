@@ -1,0 +1,206 @@
+"""The MoE layer gives the same outputs, statistics and gradients on every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from fathom.layers.moe import Experts, MoE, SharedExpert
+from fathom.layers.router import HashRouter, LearnedRouter
+from fathom.mesh import (
+    abstract_mesh,
+    batch_sharding,
+    make_mesh,
+    partition_spec,
+    sharding_scope,
+    state_shardings,
+)
+
+RULES = {
+    "embed": "fsdp",
+    "expert": "expert",
+    "expert_mlp": "tensor",
+    "mlp": "tensor",
+    "router_experts": None,
+    "hash_vocab": None,
+    "act_batch": ("data", "fsdp", "expert"),
+    "act_sequence": "context",
+    "act_embed": None,
+    "act_mlp": "tensor",
+}
+# Presets beyond the default one: experts over two axes that split tokens, expert width over an axis
+# that splits tokens, and tokens whole over the expert axis.
+RULES_TWO_AXES = {
+    **RULES,
+    "embed": None,
+    "expert": ("fsdp", "expert"),
+    "act_batch": ("expert", "fsdp"),
+}
+RULES_WIDTH = {**RULES, "expert_mlp": "context", "mlp": "context"}
+RULES_REPLICATED_TOKENS = {**RULES, "act_batch": ("data", "fsdp")}
+MESHES = {
+    "fsdp 8": ({"fsdp": 8}, RULES),
+    "data 2 fsdp 4": ({"data": 2, "fsdp": 4}, RULES),
+    "fsdp 2 expert 4": ({"fsdp": 2, "expert": 4}, RULES),
+    "fsdp 4 tensor 2": ({"fsdp": 4, "tensor": 2}, RULES),
+    "expert 8": ({"expert": 8}, RULES),
+    "expert 2 context 2 fsdp 2": ({"expert": 2, "context": 2, "fsdp": 2}, RULES),
+    "experts over two axes": ({"fsdp": 2, "expert": 4}, RULES_TWO_AXES),
+    "width over context": ({"fsdp": 2, "expert": 2, "context": 2}, RULES_WIDTH),
+    "tokens whole over expert": ({"data": 2, "expert": 4}, RULES_REPLICATED_TOKENS),
+}
+BATCH, LENGTH, HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB, LIMIT = 8, 12, 16, 24, 8, 3, 40, 0.5
+
+
+def build(kind, implementation="auto", num_experts=EXPERTS):
+    rngs = nnx.Rngs(3)
+    sizes = dict(hidden_size=HIDDEN, init_std=0.4)
+    routing = dict(num_experts=num_experts, top_k=TOP_K, scale=1.5)
+    if kind == "hash":
+        router = HashRouter(rngs, vocab_size=VOCAB, **routing, **sizes)
+    else:
+        router = LearnedRouter(rngs, **routing, **sizes)
+        router.bias[...] = jnp.linspace(-0.5, 0.5, num_experts)
+    experts = Experts(
+        rngs,
+        intermediate_size=WIDTH,
+        num_experts=num_experts,
+        limit=LIMIT,
+        implementation=implementation,
+        **sizes,
+    )
+    return MoE(router, experts, SharedExpert(rngs, intermediate_size=WIDTH, limit=LIMIT, **sizes))
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BATCH, LENGTH, HIDDEN)).astype(np.float32)
+    tokens = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
+    segments = np.tile(np.repeat([1, 2, 3, 0], [5, 1, 4, 2]).astype(np.int32), (BATCH, 1))
+    segments[1] = 1
+    return x, tokens, segments
+
+
+@functools.cache
+def value_and_grad(kind, implementation="auto"):
+    """(model state, jit-able function of (params, rest, x, tokens, segments))."""
+    graph, params, rest = nnx.split(build(kind, implementation), nnx.Param, ...)
+
+    def loss(params, x, rest, tokens, segments):
+        y, stats = nnx.merge(graph, params, rest)(x, tokens, segments)
+        total = jnp.sum(jnp.sin(y))
+        if stats.balance is not None:
+            total = total + stats.balance
+        return total, (y, stats)
+
+    return params, rest, jax.value_and_grad(loss, (0, 1), has_aux=True)
+
+
+@functools.cache
+def without_mesh(kind):
+    params, rest, f = value_and_grad(kind)
+    x, tokens, segments = inputs()
+    return jax.device_get(jax.jit(f)(params, x, rest, tokens, segments))
+
+
+def on_mesh(kind, shape, rules, implementation="auto"):
+    params, rest, f = value_and_grad(kind, implementation)
+    mesh = make_mesh(shape)
+    x, tokens, segments = inputs()
+    with sharding_scope(mesh, rules):
+        params = jax.device_put(params, state_shardings(params, mesh, rules))
+        rest = jax.device_put(rest, state_shardings(rest, mesh, rules))
+        spec = partition_spec(("act_batch", "act_sequence", None))
+        x = jax.device_put(x, NamedSharding(mesh, spec))
+        tokens, segments = jax.device_put((tokens, segments), batch_sharding(mesh, rules))
+        # A fresh function: jit's cache does not see the rules.
+        return jax.device_get(jax.jit(lambda *a: f(*a))(params, x, rest, tokens, segments))
+
+
+def assert_same(got, want):
+    got, want = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, want))
+    assert len(got) == len(want)
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        norm = np.linalg.norm(b)
+        assert norm > 0, path
+        error = np.linalg.norm(a - b) / norm
+        assert error < 1e-5, f"{jax.tree_util.keystr(path)}: relative error {error}"
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_learned_routing_is_the_same_on_every_mesh(name):
+    assert_same(on_mesh("learned", *MESHES[name]), without_mesh("learned"))
+
+
+@pytest.mark.parametrize("name", ["fsdp 2 expert 4", "expert 2 context 2 fsdp 2"])
+def test_hash_routing_is_the_same_on_every_mesh(name):
+    assert_same(on_mesh("hash", *MESHES[name]), without_mesh("hash"))
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "reference"])
+def test_other_grouped_matmuls_agree(implementation):
+    got = on_mesh("learned", {"fsdp": 2, "expert": 2, "tensor": 2}, RULES, implementation)
+    assert_same(got, without_mesh("learned"))
+
+
+def test_all_tokens_to_one_shard_loses_none():
+    """Dropless at the worst imbalance: every token goes to the experts of the first shard."""
+    x, tokens, _ = inputs()
+    model = build("learned")
+    model.router.bias[...] = jnp.where(jnp.arange(EXPERTS) < TOP_K, 100.0, 0.0)
+    graph, state = nnx.split(model)
+
+    def run(state, x, tokens):
+        y, stats = nnx.merge(graph, state)(x, tokens)
+        return y, stats.load
+
+    want, load = jax.jit(run)(state, x, tokens)
+    count = BATCH * LENGTH
+    np.testing.assert_array_equal(load, [count] * TOP_K + [0] * (EXPERTS - TOP_K))
+    mesh = make_mesh({"expert": 2, "data": 4})
+    with sharding_scope(mesh, RULES):
+        state = jax.device_put(state, state_shardings(state, mesh, RULES))
+        got, _ = jax.jit(lambda *a: run(*a))(state, x, tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_selection_and_experts_gather_no_batch():
+    """With fsdp alone nothing but weights moves: no collective has the size of the activations."""
+    params, rest, f = value_and_grad("learned")
+    mesh = make_mesh({"fsdp": 8})
+    x, tokens, segments = inputs()
+    with sharding_scope(mesh, RULES):
+        params = jax.device_put(params, state_shardings(params, mesh, RULES))
+        x, tokens, segments = jax.device_put((x, tokens, segments), batch_sharding(mesh, RULES))
+        lowered = jax.jit(lambda *a: f(*a)).lower(params, x, rest, tokens, segments)
+        text = lowered.compile().as_text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    assert gathers
+    assert not [line for line in gathers if f"[{BATCH},{LENGTH}," in line]
+
+
+def test_lowers_for_tpu_without_devices():
+    params, rest, f = value_and_grad("learned")
+    mesh = abstract_mesh({"data": 2, "fsdp": 8, "expert": 8, "tensor": 2, "context": 2})
+    shape, ints = (128, 64, HIDDEN), jax.ShapeDtypeStruct((128, 64), jnp.int32)
+    with sharding_scope(mesh, RULES):
+        traced = jax.jit(lambda *a: f(*a)).trace(
+            params, jax.ShapeDtypeStruct(shape, jnp.bfloat16), rest, ints, ints
+        )
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "ragged" in text and "reduce_scatter" in text
+
+
+def test_impossible_shapes_are_refused():
+    tokens = jnp.zeros((3, 4), jnp.int32)
+    with sharding_scope(make_mesh({"expert": 8}), RULES):
+        with pytest.raises(ValueError, match="batch size 3 is not divisible by 8.*expert"):
+            build("learned")(jnp.ones((3, 4, HIDDEN)), tokens)
+    rules = {**RULES, "expert_mlp": None, "expert": "tensor"}
+    with sharding_scope(make_mesh({"tensor": 8}), rules):
+        with pytest.raises(ValueError, match="number of experts 6 is not divisible by 8.*tensor"):
+            build("learned", num_experts=6)(jnp.ones((3, 4, HIDDEN)), tokens)

@@ -1,0 +1,350 @@
+"""Checkpoints: what is saved comes back, on any mesh; what is damaged is noticed and never used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fathom import zoo
+from fathom.layers.options import ComputeOptions
+from fathom.mesh import make_mesh
+from fathom.recipe import Recipe
+from fathom.train import checkpoint as checkpoint_module
+from fathom.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointError,
+    config_differences,
+    describe_run,
+    find_step,
+    load_model,
+    read_payload,
+)
+from fathom.train.manifest import checksums
+from fathom.train.state import named_leaves
+from fathom.train.step import init_state, make_program
+from tests.train.toy_model import TOY, ToyConfig
+
+DATA = {"offset": 12, "remainder": [1, -1]}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+
+
+def make(mesh, **model):
+    recipe = Recipe.model_validate(
+        {
+            "name": "toy",
+            "model": {"name": "toy-lm", "dtype": "float32", **model},
+            "data": {"path": "unused", "sequence_length": 16, "batch_size": 16},
+            "optimizer": {"learning_rate": 1e-2},
+            "mesh": mesh,
+            "train": {"steps": 10},
+        }
+    )
+    program = make_program(recipe, make_mesh(recipe.mesh.shape))
+    return recipe, program
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(recipe, program, state) on fsdp 8; the module's fixture for all that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(zoo._registered, "toy-lm", TOY)
+        recipe, program = make({"fsdp": 8})
+        return recipe, program, init_state(program, 0)
+
+
+def at_step(state, step):
+    return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding))
+
+
+def save_steps(directory, made, steps, **options):
+    recipe, program, state = made
+    about = describe_run(recipe.to_dict(), program.spec, program.mesh, {"files": {"a.txt": 3}})
+    with Checkpoints(directory, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(at_step(state, step), DATA, about)
+    return checkpoints
+
+
+def assert_same(a, b):
+    a, b = named_leaves(a), named_leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files that hold array data, largest first."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"]
+    return sorted(files, key=lambda p: -p.stat().st_size)
+
+
+def test_round_trip(tmp_path, made):
+    recipe, program, state = made
+    save_steps(tmp_path, made, [3])
+    restored = Checkpoints(tmp_path).restore(program.state)
+    assert_same(restored.state, at_step(state, 3))
+    for name, leaf in named_leaves(restored.state).items():
+        wanted = named_leaves(program.state)[name].sharding
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+    assert restored.data_state == DATA
+    payload = restored.payload
+    assert payload["recipe"] == recipe.to_dict()
+    assert payload["model"]["name"] == "toy-lm" and payload["model"]["config"]["taps"] == [1, 2]
+    assert payload["versions"]["jax"] == jax.__version__
+    assert payload["data_fingerprint"] == {"files": {"a.txt": 3}}
+    assert payload["mesh"]["fsdp"] == 8
+
+
+def test_nothing_saved_gives_none(tmp_path, made):
+    assert Checkpoints(tmp_path / "none").restore(made[1].state) is None
+
+
+def test_restore_onto_another_mesh(tmp_path, made):
+    save_steps(tmp_path, made, [3])
+    _, program = make({"data": 2, "fsdp": 2, "tensor": 2})
+    restored = Checkpoints(tmp_path).restore(program.state)
+    assert_same(restored.state, at_step(made[2], 3))
+    assert restored.state.params["up"][...].sharding.spec[2] == "tensor"
+
+
+def test_old_steps_go_and_chosen_ones_stay(tmp_path, made):
+    checkpoints = save_steps(tmp_path, made, range(1, 9), keep=2, keep_every=3)
+    assert checkpoints.steps() == [3, 6, 7, 8]
+    assert checkpoints.saved_step == 8
+
+
+def test_checksums_do_not_depend_on_the_mesh(made):
+    _, program = make({"data": 2, "fsdp": 2, "tensor": 2})
+    other = init_state(program, 0)
+    assert checksums(made[2].params) == checksums(other.params)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int32", "uint32", "bool", "float8_e4m3fn", "int8", "uint16"]
+)
+def test_any_one_changed_element_changes_the_checksum(dtype):
+    rng = np.random.default_rng(0)
+    x = np.asarray(jnp.asarray(rng.integers(0, 2, (7, 5)), dtype))
+    before = checksums({"x": jnp.asarray(x)})["x"]
+    for index in np.ndindex(*x.shape):
+        y = x.copy()
+        y.view(np.uint8).reshape(*x.shape, -1)[index][-1] ^= 1
+        assert checksums({"x": jnp.asarray(y)})["x"] != before, index
+    moved = checksums({"x": jnp.asarray(x[::-1].copy())})["x"]
+    assert moved != before
+
+
+def test_a_flipped_bit_anywhere_in_the_data_is_found(tmp_path, made):
+    """Orbax restores most of these without an error and with wrong values."""
+    _, program, state = made
+    save_steps(tmp_path / "good", made, [1, 2])
+    rng = random.Random(0)
+    fallbacks = 0
+    for trial in range(12):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        file = rng.choice(data_files(tmp_path / "bad" / "2")[:4])
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        restored = Checkpoints(tmp_path / "bad").restore(program.state)
+        step = int(restored.state.step)
+        assert_same(restored.state, at_step(state, step))  # never a wrong value
+        fallbacks += step == 1
+        if step == 1:
+            assert (tmp_path / "bad" / "2.corrupt").is_dir(), trial
+    assert fallbacks >= 8  # the others hit bytes that nothing reads
+
+
+def truncate(folder):
+    file = data_files(folder)[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def delete_data(folder):
+    data_files(folder)[0].unlink()
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def half_copied(folder):
+    shutil.rmtree(folder / "train")
+
+
+def garbled_payload(folder):
+    (folder / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": {"fath')
+
+
+def edited_payload(folder):
+    file = folder / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace('"steps": 10', '"steps": 11'))
+
+
+def renamed(folder):
+    file = folder / "_CHECKPOINT_METADATA"
+    values = json.loads(file.read_text())
+    values["custom_metadata"]["fathom"]["step"] = 7
+    text = json.dumps(values["custom_metadata"]["fathom"], sort_keys=True, separators=(",", ":"))
+    values["custom_metadata"]["crc32"] = zlib.crc32(text.encode())
+    file.write_text(json.dumps(values))
+
+
+def no_item_metadata(folder):
+    (folder / "model" / "_METADATA").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, delete_data, empty, half_copied, garbled_payload, edited_payload, renamed,
+     no_item_metadata],
+)  # fmt: skip
+def test_a_damaged_step_is_set_aside_and_the_one_before_used(tmp_path, made, caplog, damage):
+    _, program, state = made
+    save_steps(tmp_path, made, [1, 2])
+    damage(tmp_path / "2")
+    with caplog.at_level(logging.WARNING):
+        restored = Checkpoints(tmp_path).restore(program.state)
+    assert_same(restored.state, at_step(state, 1))
+    assert "2 is not used" in caplog.text
+    assert (tmp_path / "2.corrupt").is_dir() and not (tmp_path / "2").exists()
+    # The run goes on, and saves that step again.
+    assert save_steps(tmp_path, made, [2]).steps() == [1, 2]
+
+
+def test_no_sound_step_is_an_error_not_a_fresh_start(tmp_path, made):
+    save_steps(tmp_path, made, [1])
+    truncate(tmp_path / "1")
+    for _ in range(2):  # also when the damaged step was set aside earlier
+        with pytest.raises(CheckpointError, match=r"no sound checkpoint.*1\.corrupt"):
+            Checkpoints(tmp_path).restore(made[1].state)
+
+
+def test_a_folder_that_cannot_be_written_fails_at_once(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints cannot be written.*checkpoint\.dir"):
+        Checkpoints(tmp_path / "file" / "checkpoints").probe()
+    Checkpoints(tmp_path / "new" / "folder").probe()
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_a_failed_save_is_an_error_and_keeps_older_steps(tmp_path, made, monkeypatch):
+    recipe, program, state = made
+    about = describe_run(recipe.to_dict(), program.spec, program.mesh, {})
+    checkpoints = save_steps(tmp_path, made, [1, 2], keep=1)
+    assert checkpoints.steps() == [2]
+    from orbax.checkpoint._src.serialization import jax_array_handlers
+
+    async def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jax_array_handlers, "_async_serialize_shardings", no_space)
+    with (
+        pytest.raises(CheckpointError, match="saving step 3 .*No space left.*complete step is 2"),
+        Checkpoints(tmp_path, keep=1) as failing,
+    ):
+        failing.save(at_step(state, 3), DATA, about)
+    monkeypatch.undo()
+    monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+    restored = Checkpoints(tmp_path).restore(program.state)
+    assert int(restored.state.step) == 2
+
+
+def test_other_arrays_are_refused_all_differences_at_once(tmp_path, made):
+    save_steps(tmp_path, made, [1])
+    _, program = make({"fsdp": 8}, config={"mlp_size": 64})
+    with pytest.raises(CheckpointError, match="does not fit, 6 differences") as caught:
+        Checkpoints(tmp_path).restore(program.state)
+    assert "params/up: shape [2, 16, 32] in the checkpoint, [2, 16, 64] wanted" in str(caught.value)
+    assert (tmp_path / "1").is_dir()  # sound, so not set aside
+
+
+def test_another_dtype_is_refused(tmp_path, made):
+    save_steps(tmp_path, made, [1])
+    _, program = make({"fsdp": 8}, param_dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="params/up: dtype float32 in the .*, bfloat16 wanted"):
+        Checkpoints(tmp_path).restore(program.state)
+
+
+def test_the_check_refuses_before_arrays_are_read(tmp_path, made, monkeypatch):
+    save_steps(tmp_path, made, [1])
+    monkeypatch.setattr(checkpoint_module, "_load_items", lambda *a: pytest.fail("arrays were read"))
+
+    def check(payload):
+        raise CheckpointError(f"not this one: {payload['model']['name']}")
+
+    with pytest.raises(CheckpointError, match="not this one: toy-lm"):
+        Checkpoints(tmp_path).restore(made[1].state, check)
+
+
+def test_config_differences_are_listed(tmp_path, made):
+    save_steps(tmp_path, made, [1])
+    payload = read_payload(tmp_path / "1")
+    assert config_differences(payload, TOY) == []
+    other = TOY.with_config(ToyConfig(taps=(1, 3), vocab_size=300))
+    assert config_differences(payload, other) == [
+        "model.config.taps: [1, 2] in the checkpoint, [1, 3] in the recipe",
+        "model.config.vocab_size: 256 in the checkpoint, 300 in the recipe",
+    ]
+
+
+def test_data_order_of_another_process_count_is_refused(tmp_path, made, monkeypatch):
+    save_steps(tmp_path, made, [1])
+    payload = {"data_states": [DATA, DATA]}
+    with pytest.raises(CheckpointError, match="belongs to 2 processes, this run has 1"):
+        checkpoint_module._own_data_state(payload)
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoints", "step"])
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=["one", "mesh"])
+def test_load_model(tmp_path, made, place, mesh):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, made, [1, 2])
+    path = {"run": tmp_path, "checkpoints": directory, "step": directory / "1"}[place]
+    assert find_step(path).name == ("1" if place == "step" else "2")
+    model = load_model(path, mesh if mesh is None else make_mesh(mesh))
+    assert_same(nnx.state(model, nnx.Param), made[2].params)
+    assert model.config == ToyConfig()
+    tokens = jnp.arange(16, dtype=jnp.int32).reshape(1, 16)
+    assert jnp.isfinite(model(tokens)).all()
+
+
+def test_load_model_casts_only_when_asked(tmp_path, made, caplog):
+    save_steps(tmp_path, made, [1])
+    options = ComputeOptions(dtype="bfloat16", param_dtype="bfloat16")
+    with pytest.raises(CheckpointError, match="dtype float32 in the checkpoint, bfloat16 wanted"):
+        load_model(tmp_path, options=options)
+    with caplog.at_level(logging.INFO):
+        model = load_model(tmp_path, options=options, allow_cast=True)
+    assert model.up[...].dtype == jnp.bfloat16 and model.temperature[...].dtype == jnp.float32
+    assert "up: cast from float32 to bfloat16" in caplog.text
+
+
+def test_load_model_refuses_damage_and_other_folders(tmp_path, made):
+    with pytest.raises(CheckpointError, match="holds no Fathom checkpoint"):
+        load_model(tmp_path)
+    save_steps(tmp_path, made, [1, 2])
+    truncate(tmp_path / "2")
+    with pytest.raises(DamagedCheckpointError, match="2 "):
+        load_model(tmp_path)
+    empty(tmp_path / "2")
+    assert find_step(tmp_path).name == "1"

@@ -1,0 +1,276 @@
+"""The schedule, decay and freezing of the optimizer, and the guarded, accumulated update of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fathom import zoo
+from fathom.layers.options import ComputeOptions
+from fathom.mesh import abstract_mesh, make_mesh, sharding_scope
+from fathom.recipe import Recipe
+from fathom.train import optimizer
+from fathom.train.state import named_leaves, split_model
+from fathom.train.step import init_state, make_program
+from tests.train.toy_model import TOY
+
+
+def optimizer_block(**changes):
+    fields = dict(
+        name="adamw", learning_rate=1e-2, warmup_steps=4, decay_steps=5, final_ratio=0.1,
+        decay="linear", b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1, clip_norm=1.0,
+    )  # fmt: skip
+    return types.SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+    return TOY
+
+
+def toy_recipe(mesh=None, model=None, **train) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "toy",
+            "model": {"name": "toy-lm", "dtype": "float32", **(model or {})},
+            "data": {"path": "unused", "sequence_length": 16, "batch_size": 16},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 2},
+            "mesh": mesh or {},
+            "train": {"steps": 10, **train},
+        }
+    )
+
+
+def toy_batch(seed=0, rows=16, length=16):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, length + 1, rows)  # rows end in padding of different lengths
+    positions = np.arange(length, dtype=np.int32)
+    valid = positions < lengths[:, None]
+    return {
+        "tokens": np.where(valid, rng.integers(0, 50, (rows, length)), 0).astype(np.int32),
+        "segment_ids": valid.astype(np.int32),
+        "positions": np.where(valid, positions, 0).astype(np.int32),
+    }
+
+
+programs = {}  # compiled once for all tests
+
+
+def program_of(recipe, devices=1):
+    key = (recipe.digest(), zoo.get("toy-lm").loss, devices)
+    if key not in programs:
+        mesh = make_mesh(recipe.mesh.shape, jax.devices()[:devices])
+        programs[key] = make_program(recipe, mesh)
+    return programs[key]
+
+
+def run(recipe, batches, devices=1):
+    program = program_of(recipe, devices)
+    state = init_state(program, recipe.train.seed)
+    metrics = []
+    with sharding_scope(program.mesh, program.rules):
+        for batch in batches:
+            state, values = program.step(state, jax.device_put(batch, program.batch_sharding))
+            metrics.append({name: float(x) for name, x in values.items()})
+    return state, metrics
+
+
+def arrays(tree):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_schedule_is_warmup_stable_decay(decay):
+    schedule = optimizer.make_schedule(optimizer_block(decay=decay), steps=20)
+    rates = np.array([float(schedule(step)) for step in range(21)])
+    np.testing.assert_allclose(rates[:4], [2.5e-3, 5e-3, 7.5e-3, 1e-2], rtol=1e-6)
+    np.testing.assert_allclose(rates[4:16], 1e-2, rtol=1e-6)
+    assert (np.diff(rates[15:21]) < 0).all()
+    np.testing.assert_allclose(rates[20], 1e-3, rtol=1e-5)
+    middle = {"linear": 1e-2 * (1 - 0.9 * 0.4), "cosine": 1e-3 + 9e-3 * (1 + np.cos(0.4 * np.pi)) / 2}
+    np.testing.assert_allclose(rates[17], middle[decay], rtol=1e-5)
+
+
+def test_schedule_without_warmup_or_decay():
+    schedule = optimizer.make_schedule(optimizer_block(warmup_steps=0, decay_steps=0), steps=3)
+    np.testing.assert_allclose([float(schedule(s)) for s in range(3)], 1e-2, rtol=1e-6)
+
+
+def test_schedule_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"warmup_steps 4 \+ optimizer.decay_steps 5 .* train.steps 8"):
+        optimizer.make_schedule(optimizer_block(), steps=8)
+
+
+def test_only_matrices_decay():
+    params = split_model(TOY, ComputeOptions(dtype="float32")).params
+    mask = {name: bool(x) for name, x in named_leaves(optimizer.decay_mask(params)).items()}
+    assert mask == {"embed": True, "up": True, "down": True, "gain": False, "temperature": False}
+
+
+def test_deepseek_norms_and_biases_do_not_decay():
+    params = split_model(zoo.get("deepseek-v4-tiny"), ComputeOptions(dtype="float32")).params
+    mask = named_leaves(optimizer.decay_mask(params))
+    for name, decays in mask.items():
+        last, parent = name.split("/")[-1], name.split("/")[-2]
+        exempt = "norm" in parent or last in ("sink", "ape", "base", "scale", "bias")
+        assert bool(decays) != exempt, name
+
+
+def test_adamw_matches_a_plain_loop(toy):
+    recipe = toy_recipe()
+    batches = [toy_batch(seed) for seed in range(3)]
+    state, metrics = run(recipe, batches)
+
+    spec, block = TOY, recipe.optimizer
+    options = recipe.model.compute_options()
+    program = program_of(recipe)
+    start = init_state(program, 0)
+    params = {k: jnp.asarray(v) for k, v in arrays(start.params).items()}
+    split = program.model
+    mu = {name: jnp.zeros_like(x) for name, x in params.items()}
+    nu = {name: jnp.zeros_like(x) for name, x in params.items()}
+    from fathom.layers.losses import LossWeights, count_targets
+
+    def loss_fn(params, batch):
+        filled = jax.tree.unflatten(
+            jax.tree.structure(split.params), [params[n] for n in named_leaves(split.params)]
+        )
+        model = split.merge((filled,), start.model_state, jax.random.key(0))
+        return spec.loss(model, batch, LossWeights(), count_targets(batch))[0]
+
+    assert options.dtype == "float32"
+    for i, batch in enumerate(batches):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        norm = np.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+        np.testing.assert_allclose(metrics[i]["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics[i]["grad_norm"], norm, rtol=1e-5)
+        rate = [5e-3, 1e-2, 1e-2][i]
+        np.testing.assert_allclose(metrics[i]["learning_rate"], rate, rtol=1e-6)
+        for name, g in grads.items():
+            g = g * min(1.0, 1.0 / norm)
+            mu[name] = 0.9 * mu[name] + 0.1 * g
+            nu[name] = 0.95 * nu[name] + 0.05 * g**2
+            hat_mu, hat_nu = mu[name] / (1 - 0.9 ** (i + 1)), nu[name] / (1 - 0.95 ** (i + 1))
+            # Entries without any gradient (unused tokens) do not move: 0 / (sqrt(0) + eps) is 0.
+            update = hat_mu / (jnp.sqrt(hat_nu) + block.eps)
+            decay = 0.1 if name in ("embed", "up", "down") else 0.0
+            params[name] = params[name] - rate * (update + decay * params[name])
+    for name, value in arrays(state.params).items():
+        np.testing.assert_allclose(value, params[name], rtol=2e-4, atol=2e-6, err_msg=name)
+
+
+def test_frozen_parameters_have_no_moments_and_no_update(toy):
+    batches = [toy_batch(seed) for seed in range(2)]
+    state, _ = run(toy_recipe(stage="dense"), batches)
+    assert not [name for name in named_leaves(state.opt_state) if "temperature" in name]
+    assert float(state.params["temperature"][...][0]) == 1.0
+    trained, _ = run(toy_recipe(stage="sparse"), batches)
+    assert float(trained.params["temperature"][...][0]) != 1.0
+    assert [name for name in named_leaves(trained.opt_state) if "temperature" in name]
+
+
+def test_a_stage_that_freezes_everything_is_refused(toy, monkeypatch):
+    frozen = dataclasses.replace(TOY, frozen=lambda path, stage: True)
+    monkeypatch.setitem(zoo._registered, "toy-lm", frozen)
+    with pytest.raises(ValueError, match="no trainable parameter in stage 'sparse'"):
+        make_program(toy_recipe(), make_mesh({}, jax.devices()[:1]))
+
+
+def test_accumulation_gives_the_same_step(toy):
+    whole, whole_metrics = run(toy_recipe(), [toy_batch(0), toy_batch(1)])
+    parts, part_metrics = run(toy_recipe(accumulation=4), [toy_batch(0), toy_batch(1)])
+    for a, b in zip(whole_metrics, part_metrics, strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=name)
+    a, b = arrays(whole.model_state), arrays(parts.model_state)
+    np.testing.assert_array_equal(a["seen"], b["seen"])  # counts add up exactly
+    for name, moment in arrays(whole.opt_state).items():
+        np.testing.assert_allclose(
+            moment, arrays(parts.opt_state)[name], rtol=1e-4, atol=1e-8, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp8", "data-fsdp-tensor"]
+)
+def test_a_mesh_changes_nothing(toy, mesh):
+    batches = [toy_batch(0), toy_batch(1)]
+    alone, alone_metrics = run(toy_recipe(), batches)
+    sharded, sharded_metrics = run(toy_recipe(mesh, accumulation=2), batches, devices=8)
+    np.testing.assert_allclose(
+        [m["loss"] for m in alone_metrics], [m["loss"] for m in sharded_metrics], rtol=1e-5
+    )
+    for name, param in named_leaves(sharded.params).items():
+        moment = named_leaves(sharded.opt_state)[f"1/mu/{name}"]
+        assert moment.sharding == param.sharding, name
+    assert sharded.params["up"][...].sharding.spec[1] == "fsdp"
+
+
+def test_bfloat16_parameters_have_float32_moments(toy):
+    recipe = toy_recipe(model={"param_dtype": "bfloat16"})
+    state, _ = run(recipe, [toy_batch(0)])
+    assert state.params["up"][...].dtype == jnp.bfloat16
+    assert state.params["temperature"][...].dtype == jnp.float32
+    dtypes = {str(x.dtype) for name, x in named_leaves(state.opt_state).items() if "/" in name}
+    assert dtypes == {"float32", "int32"}
+
+
+def test_dropout_depends_on_step_and_seed_only(toy):
+    recipe = toy_recipe(model={"config": {"dropout": 0.5}})
+    first, again = (run(recipe, [toy_batch(0)] * 2)[1] for _ in range(2))
+    assert first == again
+    plain = run(toy_recipe(), [toy_batch(0)] * 2)[1]
+    assert first[0]["loss"] != plain[0]["loss"]
+
+
+def explode_on(token):
+    """The toy loss, infinite for batches whose first token is `token`."""
+
+    def loss(model, batch, weights, counts):
+        value, aux = TOY.loss(model, batch, weights, counts)
+        bad = batch["tokens"][0, 0] == token
+        return value + jnp.where(bad, jnp.inf, 0.0) * model.temperature[...][0], aux
+
+    return loss
+
+
+def test_a_non_finite_step_changes_nothing_but_the_step_number(toy, monkeypatch):
+    spec = dataclasses.replace(TOY, loss=explode_on(77))
+    monkeypatch.setitem(zoo._registered, "toy-lm", spec)
+    bad = toy_batch(1)
+    bad["tokens"][0, 0] = 77
+    before, _ = run(toy_recipe({"fsdp": 8}), [toy_batch(0)], devices=8)
+    after, metrics = run(toy_recipe({"fsdp": 8}), [toy_batch(0), bad], devices=8)
+    assert [m["finite"] for m in metrics] == [1.0, 0.0]
+    assert not np.isfinite(metrics[1]["loss"])
+    a, b = arrays(before), arrays(after)
+    assert (a.pop("step"), b.pop("step")) == (1, 2)
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def test_the_step_lowers_without_devices(toy):
+    program = make_program(toy_recipe(), abstract_mesh({"data": 32, "fsdp": 4, "tensor": 4}))
+    text = program.lower(256, 16, platforms=("tpu",)).as_text()
+    assert "sdy.mesh" in text or "mhlo.sharding" in text
+
+
+def test_abstract_state_matches_the_real_one(toy):
+    recipe = toy_recipe({"fsdp": 2, "tensor": 4})
+    program = program_of(recipe, devices=8)
+    state = init_state(program, 0)
+    assert jax.tree.structure(state) == jax.tree.structure(program.state)
+    for name, leaf in named_leaves(program.state).items():
+        real = named_leaves(state)[name]
+        assert (real.shape, real.dtype) == (leaf.shape, leaf.dtype), name
+        assert real.sharding.is_equivalent_to(leaf.sharding, real.ndim), name
+    assert isinstance(state.params, nnx.State)
+    assert optax.tree.norm(nnx.as_pure(state.params)) > 0

@@ -1,0 +1,374 @@
+"""Recipes: what is read, and that everything wrong is told at once, with its key path and the fix."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import jax
+import pytest
+
+from fathom import zoo
+from fathom.mesh import AXES
+from fathom.recipe import (
+    MESH_AXES,
+    Recipe,
+    RecipeError,
+    compare_for_resume,
+    load_recipe,
+)
+from fathom.recipe_files import recipe_names
+from tests.train.small_recipe import SMALL, SPEC, changed, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(zoo._registered, SPEC.name, SPEC)
+
+
+def recipe_with(**changes) -> Recipe:
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    return Recipe.model_validate(changed({"name": "small", **SMALL}, flat))
+
+
+def problems_of(call, *arguments):
+    with pytest.raises(RecipeError) as caught:
+        call(*arguments)
+    return {problem.key: problem for problem in caught.value.problems}
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def test_values_over_defaults(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, SMALL))
+    assert recipe.name == "small"  # the file's
+    assert recipe.optimizer.b2 == 0.95 and recipe.optimizer.eps == 1e-20
+    assert recipe.mesh.shape == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1, "context": 1}
+    assert recipe.run_dir == Path("runs/small") and recipe.checkpoint_dir == "runs/small/checkpoints"
+    assert recipe.data.pattern == "**/*.txt"
+    assert MESH_AXES == AXES
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "r.yaml"
+    text = write_recipe(tmp_path, SMALL).read_text().replace("0.001", "3e-4")
+    assert "3e-4" in text
+    path.write_text(text)
+    assert load_recipe(path).optimizer.learning_rate == 3e-4
+    recipe = load_recipe(path, ["model.config.dropout=1e-1", "train.steps=20"])
+    assert recipe.model.config["dropout"] == 0.1 and recipe.train.steps == 20
+
+
+def test_precedence_base_recipe_overrides(tmp_path):
+    write_recipe(tmp_path, SMALL, "base")
+    own = {"extends": "base.yaml", "train": {"steps": 20}, "optimizer": {"learning_rate": 0.5}}
+    path = write_recipe(tmp_path, own, "derived")
+    recipe = load_recipe(path, ["optimizer.learning_rate=0.25", "metrics.directory=/x"])
+    assert (recipe.name, recipe.train.steps, recipe.data.batch_size) == ("derived", 20, 8)
+    assert recipe.optimizer.learning_rate == 0.25 and recipe.checkpoint_dir == "/x/checkpoints"
+
+
+def test_extends_goes_one_level(tmp_path):
+    write_recipe(tmp_path, SMALL, "base")
+    write_recipe(tmp_path, {"extends": "base.yaml"}, "middle")
+    path = write_recipe(tmp_path, {"extends": "middle.yaml"}, "top")
+    assert "itself extends 'base.yaml'" in problems_of(load_recipe, path)["extends"].found
+    path = write_recipe(tmp_path, {"extends": "nowhere"}, "lost")
+    assert "nowhere" in problems_of(load_recipe, path)["extends"].found
+
+
+def test_a_name_finds_the_recipe_and_a_wrong_one_lists_them():
+    assert load_recipe("tiny-v4-cpu").name == "tiny-v4-cpu"
+    problem = problems_of(load_recipe, "tiny-v4-gpu")["recipe"]
+    assert "tiny-v4-cpu" in problem.expected and "tiny-v4-cpu" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "line 1"),
+        ("train: {steps: 1, steps: 2}", "'steps' is there twice"),
+        ("- a\n- b", "a list at the top"),
+        ("", "a NoneType at the top"),
+        (b"\xff\xfe\xfa", "codec"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, words):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert words in problems_of(load_recipe, path)["recipe"].found
+
+
+def test_the_standard_library_as_data():
+    data = load_recipe("tiny-v4-cpu").data
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    assert Path(data.path) == folder and (folder / "argparse.py").is_file()
+    assert data.pattern == "**/*.py" and "site-packages" in data.exclude
+    assert load_recipe("tiny-v4-cpu", ["data.path=stdlib:"]).data == data
+    other = load_recipe("tiny-v4-cpu", ["data.path=/x", "data.exclude=[]"]).data
+    assert other.path == "/x" and other.exclude == ()
+
+
+def test_a_dump_reads_back_equal(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, SMALL), ["checkpoint.keep_every=7"])
+    path = tmp_path / "dump.yaml"
+    path.write_text(recipe.to_yaml())
+    again = load_recipe(path)
+    assert again == recipe and again.digest() == recipe.digest()
+    assert Recipe.model_validate(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    other = load_recipe(path, ["train.steps=11"])
+    assert other.digest() != recipe.digest() and len(recipe.digest()) == 16
+
+
+def test_a_recipe_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        recipe_with().train.steps = 5
+
+
+def test_the_recipes_in_the_folder_are_sound():
+    assert "tiny-v4-cpu" in recipe_names()
+    recipe = load_recipe("tiny-v4-cpu")
+    assert recipe.mesh.shape | {"data": 2, "fsdp": 2, "expert": 2} == recipe.mesh.shape
+    recipe.check(recipe.mesh.simulated_devices)
+
+
+# --- Schema problems -----------------------------------------------------------------------------
+
+
+def test_every_problem_at_once_with_its_fix(tmp_path):
+    path = write_recipe(tmp_path, SMALL)
+    found = problems_of(
+        load_recipe,
+        path,
+        [
+            "train.stepz=4",
+            "batch_size=2",
+            "qwertyuiop=1",
+            "optimizer=fast",
+            "train.skip_nonfinite=some",
+            "train.log_every=0",
+            "data.packing=bestfit",
+            "model.attention=flash",
+            "model.config.vocab_sice=3",
+            "data.path=/no/such/folder",
+            "mesh.simulated_devices=3",
+            "no equals sign",
+            "data.seed=[1",
+        ],
+    )
+    assert found["train.stepz"].fix == "did you mean train.steps?"
+    assert found["batch_size"].fix == "did you mean data.batch_size?"
+    assert found["qwertyuiop"].fix == "remove it"
+    assert found["optimizer"].expected == "a mapping of keys to values"
+    assert found["train.skip_nonfinite"].fix == "set train.skip_nonfinite to a valid integer"
+    assert "greater than or equal to 1" in found["train.log_every"].expected
+    assert found["data.packing"].fix == "did you mean 'best_fit'?"
+    assert "'reference'" in found["model.attention"].expected
+    assert found["model.config.vocab_sice"].fix == "did you mean 'vocab_size'?"
+    assert found["data.path"].found == "'/no/such/folder'"
+    assert "8, the product" in found["mesh.simulated_devices"].expected
+    assert found["override 'no equals sign'"].expected == "key=value"
+    assert "YAML" in found["data.seed"].expected
+    assert len(found) == 13
+
+
+def test_what_is_missing_is_told(tmp_path):
+    found = problems_of(load_recipe, write_recipe(tmp_path, {"model": {}}))
+    assert {"model.name", "data", "optimizer", "train"} <= set(found)
+    assert found["data"].fix == "add data to the recipe"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.learning_rate", float("nan")),
+        ("optimizer.learning_rate", 0),
+        ("data.holdout", 1.0),
+        ("checkpoint.keep", 0),
+        ("train.steps", 2.5),
+        ("mesh.tensor", -1),
+        ("name", "../escape"),
+    ],
+)
+def test_numbers_out_of_range(tmp_path, key, value):
+    path = write_recipe(tmp_path, changed(SMALL, {key: value}))
+    assert set(problems_of(load_recipe, path)) == {key}
+
+
+# --- Combinations --------------------------------------------------------------------------------
+
+
+def test_a_sound_recipe_passes():
+    recipe_with().check(8)
+    assert recipe_with().model_spec().config.vocab_size == 264
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected", "fix"),
+    [
+        ({"mesh__data": 3}, "mesh", "product is 8", "mesh.fsdp=8"),
+        ({"data__batch_size": 12}, "data.batch_size", "multiple of 8", "data.batch_size=16"),
+        (
+            {"data__batch_size": 8, "train__accumulation": 2},
+            "data.batch_size",
+            "multiple of 16: 8 pieces",
+            "data.batch_size=16",
+        ),
+        (
+            {"data__batch_size": 8, "train__accumulation": 3},
+            "data.batch_size",
+            "multiple of 3",
+            "data.batch_size=9",
+        ),
+        (
+            {"data__sequence_length": 33, "mesh__context": 2, "mesh__fsdp": 1},
+            "data.sequence_length",
+            "multiple of 2",
+            "data.sequence_length=34",
+        ),
+        (
+            {"optimizer__warmup_steps": 6, "optimizer__decay_steps": 5},
+            "optimizer.warmup_steps + optimizer.decay_steps",
+            "at most train.steps, 10",
+            "shorten",
+        ),
+        ({"train__eval_every": 5}, "train.eval_every", "held out", "data.holdout"),
+        ({"model__name": "toy-for-recipe"}, "model.name", SPEC.name, SPEC.name),
+        ({"mesh__preset": "defualt"}, "mesh.preset", "default", "did you mean 'default'?"),
+        ({"data__path": "/no/such"}, "data.path", "exists", "data.path"),
+        ({"data__tokenizer": "byte"}, "data.tokenizer", "tokenizer.json", "'bytes'"),
+        (
+            {"model__config": {"vocab_size": 200}},
+            "data.tokenizer",
+            "at most 200, the model's vocab_size",
+            "model.config.vocab_size=",
+        ),
+        (
+            {"model__config": {"vocab_size": 264, "hidden_size": "wide"}},
+            "model.config.hidden_size",
+            "type int",
+            "model.config.hidden_size",
+        ),
+        (
+            {"model__config": {"vocab_size": 264, "hidden_size": 15}},
+            "mesh",
+            "divide every weight",
+            "mesh axis",
+        ),
+    ],
+)
+def test_combinations_that_cannot_work(changes, key, expected, fix):
+    found = problems_of(recipe_with(**changes).check, 8)
+    assert key in found, found
+    assert expected in found[key].expected and fix in found[key].fix
+
+
+def test_combinations_are_told_together():
+    recipe = recipe_with(mesh__data=3, data__batch_size=7, train__eval_every=1, data__path="/no")
+    assert set(problems_of(recipe.check, 8)) >= {
+        "mesh",
+        "data.batch_size",
+        "train.eval_every",
+        "data.path",
+    }
+
+
+def test_the_sequence_against_the_compression():
+    short = load_recipe("tiny-v4-cpu", ["data.sequence_length=64"])
+    found = problems_of(short.check, 8)["data.sequence_length"]
+    ratio = max(short.model_spec().config.compress_ratios)
+    assert f"at least {ratio}" in found.expected
+    longest = short.model_spec().config.max_position_embeddings
+    long = load_recipe("tiny-v4-cpu", [f"data.sequence_length={longest + 8}"])
+    assert f"at most {longest}" in problems_of(long.check, 8)["data.sequence_length"].expected
+
+
+def test_the_architecture_judges_its_overrides():
+    recipe = load_recipe(
+        "tiny-v4-cpu",
+        ["model.config.num_expert=3", "model.config.rope_scaling={factor: many}"],
+    )
+    found = problems_of(recipe.check, 8)
+    assert found["model.config.num_expert"].fix == "did you mean 'num_experts'?"
+    assert found["model.config.rope_scaling.factor"].found == "'many'"
+    # Each field is right by itself, the architecture is not.
+    recipe = load_recipe("tiny-v4-cpu", ["model.config.num_experts_per_tok=10000"])
+    assert "num_experts_per_tok" in problems_of(recipe.check, 8)["model.config"].found
+
+
+def test_lists_and_mappings_become_the_dataclass_types():
+    config = recipe_with(model__config={"vocab_size": 264, "taps": [1, 3], "dropout": 0})
+    assert config.model_spec().config.taps == (1, 3)
+    assert config.model_spec().config.dropout == 0.0
+    recipe = load_recipe("tiny-v4-cpu", ["model.config.rope_scaling.factor=2"])
+    scaling = recipe.model_spec().config.rope_scaling
+    assert scaling.factor == 2.0 and scaling.beta_fast == 32.0
+
+
+def test_simulated_devices():
+    recipe = recipe_with(mesh__simulated_devices=8)
+    recipe.use_simulated_devices()
+    assert jax.device_count() == 8
+    four = recipe_with(mesh__data=2, mesh__simulated_devices=4)
+    assert "8 cpu devices" in problems_of(four.use_simulated_devices)["mesh.simulated_devices"].found
+
+
+# --- Resuming ------------------------------------------------------------------------------------
+
+
+def test_resuming_with_the_same_recipe():
+    recipe = recipe_with(model__config={"vocab_size": 264, "taps": [1, 2]})
+    assert compare_for_resume(json.loads(json.dumps(recipe.to_dict())), recipe) == []
+
+
+def test_safe_changes():
+    new = recipe_with(
+        name="other",
+        optimizer__learning_rate=0.5,
+        optimizer__warmup_steps=3,
+        train__steps=99,
+        train__log_every=1,
+        train__accumulation=2,
+        data__holdout=0.0,
+        mesh__data=1,
+        mesh__fsdp=8,
+        checkpoint__every=5,
+        metrics__directory="/elsewhere",
+        model__remat="full",
+    )
+    assert compare_for_resume(recipe_with().to_dict(), new) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.tokenizer", "t.json"),
+        ("data.sequence_length", 64),
+        ("data.batch_size", 16),
+        ("data.packing", "best_fit"),
+        ("data.seed", 1),
+        ("data.path", "/elsewhere"),
+        ("data.exclude", ["test"]),
+        ("model.name", "deepseek-v4-tiny"),
+        ("model.config.vocab_size", 300),
+        ("model.config.taps", [1]),
+        ("model.param_dtype", "bfloat16"),
+        ("train.stage", "dense"),
+        ("train.seed", 1),
+    ],
+)
+def test_unsafe_changes_are_named(key, value):
+    new = recipe_with(**{key.replace(".", "__"): value})
+    (text,) = compare_for_resume(recipe_with().to_dict(), new)
+    assert text.startswith(f"{key}: ") and "in the checkpoint" in text and "in the recipe" in text
+
+
+def test_a_key_that_an_older_version_did_not_have_counts_as_its_default():
+    old = recipe_with().to_dict()
+    del old["data"]["exclude"], old["train"]["stage"]
+    assert compare_for_resume(old, recipe_with()) == []
+    assert len(compare_for_resume(old, recipe_with(train__stage="dense"))) == 1
+    old["data"]["colour"] = "blue"  # one that this version does not have
+    assert compare_for_resume(old, recipe_with())[0].startswith("data.colour: 'blue'")
