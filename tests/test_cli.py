@@ -80,7 +80,7 @@ def recipe_file(tmp_path, monkeypatch):
 
 
 def stub_training(monkeypatch, outcome):
-    """Replaces the loop by something that returns `outcome` or raises it; gives the recipes it got."""
+    """Replaces the loop by one that returns or raises `outcome`; gives the recipes it got."""
     seen = []
 
     def train(recipe):
@@ -137,9 +137,10 @@ def test_every_problem_of_a_recipe_at_once_before_the_loop(monkeypatch, recipe_f
 
 def test_an_impossible_recipe_exits_with_2(recipe_file, capsys):
     """The real loop refuses it, before it compiles anything."""
-    assert main(["train", str(recipe_file), "mesh.data=3", "data.sequence_length=31"]) == 2
+    assert main(["train", str(recipe_file), "mesh.data=3", "train.eval_every=2"]) == 2
     text = capsys.readouterr().err
-    assert "which needs 3 devices" in text and "8, the number of devices" in text
+    assert "which needs 6 devices" in text and "8, the number of devices" in text
+    assert "train.eval_every" in text and "Traceback" not in text
 
 
 # --- logits --------------------------------------------------------------------------------------

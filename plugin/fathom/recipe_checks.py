@@ -273,12 +273,13 @@ def _tokenizer_problems(have: Mapping[str, Any], config: Any) -> Iterator[Proble
     name = have["data"].tokenizer
     if name != "bytes" and not Path(name).expanduser().is_file():
         return  # told already
-    from fathom.train.data import load_tokenizer
+    from fathom.train.tokenizers import load_tokenizer
 
     try:
         size = load_tokenizer(name).vocab_size
     except ValueError as error:
-        yield Problem("data.tokenizer", f"{name!r}: {error}", "a readable tokenizer", "correct it")
+        fix = "give the path of a tokenizer.json"
+        yield Problem("data.tokenizer", f"{name!r} ({error})", "a readable tokenizer", fix)
         return
     if size > vocab:
         yield Problem(

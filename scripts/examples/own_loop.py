@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fathom import zoo
 from fathom.layers.losses import LossWeights, count_targets
@@ -26,9 +27,14 @@ def main(steps: int = 20, rows: int = 8, length: int = 64) -> list[float]:
     shardings = [state_shardings(state, mesh, rules) for state in nnx.eval_shape(build)[1:]]
     params, rest = jax.jit(lambda: build()[1:], out_shardings=tuple(shardings))()  # born sharded
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
+    state = (params, rest, tx.init(params))  # moments are born with the layout of their weights
+    whole = NamedSharding(mesh, PartitionSpec())
+    layout = jax.tree.map(lambda x: x.sharding if x.ndim else whole, state)
+    state = jax.device_put(state, layout)
 
-    @jax.jit
-    def step(params, rest, opt_state, batch):
+    def step(state, batch):
+        params, rest, opt_state = state
+
         def loss_fn(params):
             model = nnx.merge(graphdef, params, rest)
             return spec.loss(model, batch, LossWeights(), count_targets(batch))
@@ -36,17 +42,16 @@ def main(steps: int = 20, rows: int = 8, length: int = 64) -> list[float]:
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         rest = spec.update_state(rest, aux, 1e-3)  # router biases
-        return optax.apply_updates(params, updates), rest, opt_state, loss
+        return (optax.apply_updates(params, updates), rest, opt_state), loss
 
     text = Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_bytes()
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     batches = tokens[: len(tokens) // (rows * length) * rows * length].reshape(-1, rows, length)
-    losses = []
+    step, losses = jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), []
     with sharding_scope(mesh, rules):
-        opt_state = jax.jit(tx.init)(params)
         for i in range(steps):
-            batch = {"tokens": jax.device_put(batches[i % len(batches)], batch_sharding(mesh, rules))}
-            params, rest, opt_state, loss = step(params, rest, opt_state, batch)
+            tokens = jax.device_put(batches[i % len(batches)], batch_sharding(mesh, rules))
+            state, loss = step(state, {"tokens": tokens})
             losses.append(float(loss))
             print(f"step {i + 1}: loss {losses[-1]:.4f}", flush=True)
     return losses

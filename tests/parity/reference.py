@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import jax.numpy as jnp
@@ -11,17 +12,24 @@ import pytest
 torch = pytest.importorskip("torch", reason="the PyTorch comparisons need torch")
 pytest.importorskip("transformers", reason="the PyTorch comparisons need transformers")
 
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as hf  # noqa: E402
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import (  # noqa: E402
     DeepseekV4Config as HFConfig,
 )
 
 from fathom.models.deepseek_v4.config import DeepseekV4Config  # noqa: E402
 
-KIND_NAMES = {
-    "sliding": "sliding_attention",
-    "csa": "compressed_sparse_attention",
-    "hca": "heavily_compressed_attention",
-}
+__all__ = [
+    "causal_window_mask",
+    "copy",
+    "double_precision",
+    "hf",
+    "hf_config",
+    "randomize",
+    "relative",
+    "small_config",
+    "torch",
+]
 
 
 def small_config(**changes) -> DeepseekV4Config:
@@ -33,6 +41,7 @@ def hf_config(config: DeepseekV4Config) -> HFConfig:
     """The reference's config of the same model, running its eager attention in float32."""
     reference = HFConfig(**config.to_hf_config())
     reference._attn_implementation = "eager"
+    reference._experts_implementation = "eager"
     return reference
 
 
@@ -71,3 +80,30 @@ def causal_window_mask(length: int, window: int, batch: int):
     distance = index[:, None] - index[None, :]
     mask = torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf)
     return mask[None, None].expand(batch, 1, length, length)
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Runs the reference in float64 throughout, its casts to float32 included.
+
+    Its own float32 gradients are off by up to 4e-5 where long sums cancel (mHC's scales), so gradients are held
+    against this instead: the tolerance then measures our rounding alone.
+    """
+    to, softmax = torch.Tensor.to, torch.Tensor.softmax
+
+    def widen(value):
+        return torch.float64 if value is torch.float32 else value
+
+    patches = {
+        "float": torch.Tensor.double,
+        "to": lambda x, *a, **k: to(x, *map(widen, a), **{n: widen(v) for n, v in k.items()}),
+        "softmax": lambda x, dim, dtype=None: softmax(x, dim, dtype=widen(dtype)),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, replacement in patches.items():
+            patch.setattr(torch.Tensor, name, replacement)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)

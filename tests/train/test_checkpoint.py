@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import random
@@ -36,12 +37,17 @@ from fathom.train.state import named_leaves
 from fathom.train.step import init_state, make_program
 from tests.train.toy_model import TOY, ToyConfig
 
+# When a read fails, orbax leaves coroutines of other arrays behind, which warn when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 DATA = {"offset": 12, "remainder": [1, -1]}
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+    yield
+    gc.collect()
 
 
 def make(mesh, **model):
@@ -65,7 +71,18 @@ def made():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(zoo._registered, "toy-lm", TOY)
         recipe, program = make({"fsdp": 8})
-        return recipe, program, init_state(program, 0)
+        return recipe, program, with_noise(init_state(program, 0))
+
+
+def with_noise(state):
+    """Fresh optimizer moments are zeros, of which nothing is stored on disk."""
+    rng = np.random.default_rng(0)
+
+    def noise(leaf):
+        values = rng.normal(size=leaf.shape) if leaf.ndim else np.ones(())
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(noise, state.opt_state))
 
 
 def at_step(state, step):
@@ -151,26 +168,30 @@ def test_any_one_changed_element_changes_the_checksum(dtype):
     assert moved != before
 
 
-def test_a_flipped_bit_anywhere_in_the_data_is_found(tmp_path, made):
-    """Orbax restores most of these without an error and with wrong values."""
+def test_a_flipped_bit_anywhere_in_the_data_is_found(tmp_path, made, caplog):
+    """Orbax by itself restores most of these without an error and with wrong values."""
     _, program, state = made
     save_steps(tmp_path / "good", made, [1, 2])
     rng = random.Random(0)
-    fallbacks = 0
-    for trial in range(12):
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        shutil.copytree(tmp_path / "good", tmp_path / "bad")
-        file = rng.choice(data_files(tmp_path / "bad" / "2")[:4])
-        content = bytearray(file.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-        restored = Checkpoints(tmp_path / "bad").restore(program.state)
-        step = int(restored.state.step)
-        assert_same(restored.state, at_step(state, step))  # never a wrong value
-        fallbacks += step == 1
-        if step == 1:
-            assert (tmp_path / "bad" / "2.corrupt").is_dir(), trial
-    assert fallbacks >= 8  # the others hit bytes that nothing reads
+    steps = []
+    for file in data_files(tmp_path / "good" / "2"):
+        for _ in range(6 if file.stat().st_size > 20000 else 2):
+            shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+            shutil.copytree(tmp_path / "good", tmp_path / "bad")
+            flip_a_bit(tmp_path / "bad" / file.relative_to(tmp_path / "good"), rng)
+            restored = Checkpoints(tmp_path / "bad").restore(program.state)
+            steps.append(int(restored.state.step))
+            assert_same(restored.state, at_step(state, steps[-1]))  # never a wrong value
+            assert (tmp_path / "bad" / "2.corrupt").is_dir() == (steps[-1] == 1)
+    # The rest hit bytes that nothing reads: orbax writes some records twice.
+    assert steps.count(1) >= len(steps) // 2
+    assert caplog.text.count("other contents than were saved") >= 4
+
+
+def flip_a_bit(file, rng):
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
 
 
 def truncate(folder):
@@ -343,7 +364,7 @@ def test_load_model_refuses_damage_and_other_folders(tmp_path, made):
     with pytest.raises(CheckpointError, match="holds no Fathom checkpoint"):
         load_model(tmp_path)
     save_steps(tmp_path, made, [1, 2])
-    truncate(tmp_path / "2")
+    truncate(tmp_path / "2" / "model")
     with pytest.raises(DamagedCheckpointError, match="2 "):
         load_model(tmp_path)
     empty(tmp_path / "2")

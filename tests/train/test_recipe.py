@@ -1,4 +1,4 @@
-"""Recipes: what is read, and that everything wrong is told at once, with its key path and the fix."""
+"""Recipes: what is read, and that all that is wrong is told at once, with key path and fix."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_values_over_defaults(tmp_path):
     assert recipe.name == "small"  # the file's
     assert recipe.optimizer.b2 == 0.95 and recipe.optimizer.eps == 1e-20
     assert recipe.mesh.shape == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1, "context": 1}
-    assert recipe.run_dir == Path("runs/small") and recipe.checkpoint_dir == "runs/small/checkpoints"
+    assert recipe.run_dir == Path("runs/small")
+    assert recipe.checkpoint_dir == "runs/small/checkpoints"
     assert recipe.data.pattern == "**/*.txt"
     assert MESH_AXES == AXES
 
@@ -265,6 +266,21 @@ def test_combinations_that_cannot_work(changes, key, expected, fix):
     assert expected in found[key].expected and fix in found[key].fix
 
 
+def test_a_tokenizer_file_against_the_vocabulary(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = tmp_path / "tokenizer.json"
+    vocabulary = {f"t{i}": i for i in range(269)} | {"<|endoftext|>": 269}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(str(path))
+    found = problems_of(recipe_with(data__tokenizer=str(path)).check, 8)["data.tokenizer"]
+    assert "270 tokens" in found.found and found.fix.startswith("set model.config.vocab_size=270")
+    config = {"vocab_size": 272}
+    recipe_with(data__tokenizer=str(path), model__config=config).check(8)
+    path.write_text("{}")
+    found = problems_of(recipe_with(data__tokenizer=str(path)).check, 8)["data.tokenizer"]
+    assert found.expected == "a readable tokenizer"
+
+
 def test_combinations_are_told_together():
     recipe = recipe_with(mesh__data=3, data__batch_size=7, train__eval_every=1, data__path="/no")
     assert set(problems_of(recipe.check, 8)) >= {
@@ -276,9 +292,10 @@ def test_combinations_are_told_together():
 
 
 def test_the_sequence_against_the_compression():
-    short = load_recipe("tiny-v4-cpu", ["data.sequence_length=64"])
+    ratio = max(load_recipe("tiny-v4-cpu").model_spec().config.compress_ratios)
+    load_recipe("tiny-v4-cpu", [f"data.sequence_length={ratio}"]).check(8)
+    short = load_recipe("tiny-v4-cpu", [f"data.sequence_length={ratio - 1}"])
     found = problems_of(short.check, 8)["data.sequence_length"]
-    ratio = max(short.model_spec().config.compress_ratios)
     assert f"at least {ratio}" in found.expected
     longest = short.model_spec().config.max_position_embeddings
     long = load_recipe("tiny-v4-cpu", [f"data.sequence_length={longest + 8}"])
@@ -312,7 +329,8 @@ def test_simulated_devices():
     recipe.use_simulated_devices()
     assert jax.device_count() == 8
     four = recipe_with(mesh__data=2, mesh__simulated_devices=4)
-    assert "8 cpu devices" in problems_of(four.use_simulated_devices)["mesh.simulated_devices"].found
+    found = problems_of(four.use_simulated_devices)["mesh.simulated_devices"].found
+    assert found == "4, and jax already runs with 8 cpu devices"
 
 
 # --- Resuming ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from fathom.layers.param import constant, normal, param
@@ -122,11 +123,12 @@ class HyperConnection(nnx.Module):
     def __call__(self, streams_BSnD: jax.Array) -> Mixing:
         n = streams_BSnD.shape[2]
         logits = _mix_logits(streams_BSnD, self.fn[...], self.norm_eps)
-        base = self.base[...][:, None, None]
-        scale = self.scale[...]
-        pre = jax.nn.sigmoid(logits[:n] * scale[0] + base[:n]) + self.eps
-        post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base[n : 2 * n])
-        comb = logits[2 * n :] * scale[2] + base[2 * n :]
+        # One factor per output: the gradient of a factor then sums over the tokens first, which keeps more of it.
+        scale = jnp.repeat(self.scale[...], np.array([n, n, n * n]), total_repeat_length=(2 + n) * n)
+        logits = logits * scale[:, None, None] + self.base[...][:, None, None]
+        pre = jax.nn.sigmoid(logits[:n]) + self.eps
+        post = 2 * jax.nn.sigmoid(logits[n : 2 * n])
+        comb = logits[2 * n :]
         comb = comb.reshape(n, n, *comb.shape[1:])
         # The forty intermediate matrices of Sinkhorn are recomputed in the backward, never stored.
         normalise = jax.checkpoint(lambda c: sinkhorn(c, self.iterations, self.eps))

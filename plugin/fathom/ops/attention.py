@@ -49,30 +49,32 @@ def entry_mask(selection: Selection, num_entries: int) -> jax.Array:
     if isinstance(selection, VisibleRange):
         entry = jnp.arange(num_entries)
         return (entry >= selection.begin_BS[..., None]) & (entry < selection.end_BS[..., None])
-    indices = selection.indices_BSK
-    batch, length, _ = indices.shape
-    rows = jnp.arange(batch)[:, None, None]
-    columns = jnp.arange(length)[None, :, None]
-    # -1 would wrap around to the last entry; send it past the end, where the scatter drops it.
-    indices = jnp.where(indices < 0, num_entries, indices)
-    mask = jnp.zeros((batch, length, num_entries), bool)
-    return mask.at[rows, columns, indices].set(True, mode="drop")
+    # Query by query: XLA partitions a scatter over its batch dimensions only.
+    def of_query(indices_K: jax.Array) -> jax.Array:
+        # -1 would wrap around to the last entry; send it past the end, where the scatter drops it.
+        indices_K = jnp.where(indices_K < 0, num_entries, indices_K)
+        return jnp.zeros(num_entries, bool).at[indices_K].set(True, mode="drop")
+
+    return jax.vmap(jax.vmap(of_query))(selection.indices_BSK)
 
 
 def _attend(
     q_BCNH: jax.Array,
     parts: list[tuple[jax.Array, jax.Array]],
-    sink_N: jax.Array,
+    sink: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """One softmax over several (keys [B, T, H], mask [B, C, T]) parts with the sink in the denominator."""
+    """One softmax over several (keys [B, T, H], mask [B, C, T]) parts with the sink in the denominator.
+
+    `sink` broadcasts to [B, C, N].
+    """
     scores = []
     for keys_BTH, mask_BCT in parts:
         score = jnp.einsum(
             "bcnh,bth->bcnt", q_BCNH, keys_BTH, preferred_element_type=jnp.float32
         )
         scores.append(jnp.where(mask_BCT[:, :, None, :], score * scale, MASKED))
-    sink = sink_N.astype(jnp.float32)[:, None]
+    sink = sink.astype(jnp.float32)[..., None]
     peak = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores], sink)
     peak = jax.lax.stop_gradient(peak)
     total = jnp.exp(sink - peak)
@@ -157,6 +159,9 @@ def shared_kv_attention_chunked(
         query_chunk + window - 1
     )
 
+    # One copy per row: its gradient is summed over the rows once, after the loop, and not in every step.
+    sink_B1N = jnp.broadcast_to(sink_N, (q_BSNH.shape[0], 1, sink_N.shape[0]))
+
     @jax.checkpoint
     def one_chunk(chunk):
         q_BCNH, keys_BTH, band_BC, selected = chunk
@@ -165,7 +170,7 @@ def shared_kv_attention_chunked(
         if has_entries:
             mask = entry_mask(type(selection)(*selected), entries_BEH.shape[1])
             parts.append((entries_BEH, mask))
-        return _attend(q_BCNH, parts, sink_N, scale)
+        return _attend(q_BCNH, parts, sink_B1N, scale)
 
     selected = tuple(to_chunks(part, query_chunk) for part in selection) if has_entries else ()
     chunks = (

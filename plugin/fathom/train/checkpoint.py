@@ -146,10 +146,14 @@ class Checkpoints:
         self._finish(timeout=None)
 
     def close(self) -> None:
-        """Releases the writer's threads; call `wait` first to hear of errors."""
-        if self._manager is not None:
-            manager, self._manager = self._manager, None
+        """Releases the writer's threads. Errors of saves are those of `wait`, to be called first."""
+        if self._manager is None:
+            return
+        manager, self._manager = self._manager, None
+        try:
             manager.close()
+        except Exception as error:  # orbax raises the error of a failed save here once more
+            logger.debug("closing %s: %s", self.directory, error)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -328,12 +332,16 @@ def _load_items(folder: epath.Path, items: dict[str, Any], payload: Mapping[str,
         ),
         items,
     )
+    loaded = {}
     try:
-        loaded = ocp.load_checkpointables(folder, wanted)
+        # One at a time: when one of several cannot be read, orbax leaves the others' coroutines behind.
+        for item, abstract in wanted.items():
+            loaded |= ocp.load_checkpointables(folder, {item: abstract})
     except DAMAGE_ERRORS as error:
-        text = " ".join(str(error).split())[:300]
+        cause = error.__cause__ or error  # orbax wraps the reader's error in one about handlers
+        text = " ".join(str(cause).split())[:300]
         raise DamagedCheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {text})"
+            f"{folder} cannot be read ({type(cause).__name__}: {text})"
         ) from error
     sums = checksums(loaded)
     wrong = sorted(name for name, value in sums.items() if stored[name]["checksum"] != value)

@@ -281,24 +281,27 @@ class ProgressBar:
 class LineLogger:
     """One line every `every` steps, for logs and pipes; the last step always has its line."""
 
-    def __init__(self, total: int, start: int = 0, *, every: int, stream: TextIO):
+    def __init__(self, total: int, *, every: int, stream: TextIO):
         if every < 1:
             raise ValueError(f"LineLogger: every is {every}, expected at least 1")
-        self._total, self._start, self._every, self._stream = total, start, every, stream
-        self._began = time.monotonic()
+        self._total, self._every, self._stream = total, every, stream
+        self._first: tuple[int, float] | None = None
         self._last_line = -1
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports that `step` steps are done; prints when it is time to."""
+        if self._first is None:
+            # The first step's time is compilation, which says nothing about the others.
+            self._first = (step, time.monotonic())
         due = step % self._every == 0 or step >= self._total
         if not due or step == self._last_line:
             return
         self._last_line = step
-        done = step - self._start
+        first, began = self._first
         parts = [f"step {step}/{self._total}"]
         parts += [f"{name} {text}" for name, text in _scalar_texts(metrics)]
-        if 0 < done and step < self._total:
-            left = (time.monotonic() - self._began) / done * (self._total - step)
+        if first < step < self._total:
+            left = (time.monotonic() - began) / (step - first) * (self._total - step)
             parts.append(f"left {_duration(left)}")
         self.message("  ".join(parts))
 
@@ -340,7 +343,7 @@ def make_progress(
         return NoDisplay()
     if stream.isatty():
         return ProgressBar(total, start, stream=stream)
-    return LineLogger(total, start, every=every, stream=stream)
+    return LineLogger(total, every=every, stream=stream)
 
 
 def _is_shown(name: str, value: Any) -> bool:
@@ -397,7 +400,7 @@ def plot_loss(run_dir: str | os.PathLike[str]) -> Path:
     FigureCanvasAgg(figure)
     ratios = [3, 1][:rows]
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    _draw(axes[0], large, "nats per token")
+    _draw(axes[0], large, "loss")
     if small:
         _draw(axes[1], small, "small parts")
         if all((values > 0).all() for _, values in small.values()):

@@ -7,11 +7,13 @@ key-values, turned back on the output; grouped low-rank output projection (spec 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from fathom.layers.documents import Documents, Windows
 from fathom.layers.linear import Linear
@@ -19,6 +21,7 @@ from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
+from fathom.layers.router import split_axes
 from fathom.mesh import constrain
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
@@ -129,15 +132,23 @@ class Indexer(nnx.Module):
             q = simulate_fp4(hadamard(q), INDEX_QUANT_BLOCK)
             k = simulate_fp4(hadamard(k), INDEX_QUANT_BLOCK)
         weights = self.weights_proj.contract("bsd,dn->bsn", x_BSD, jnp.float32)
-        indices = indexer_topk(
-            q,
-            k,
-            weights * self.weight_scale,
-            visible,
-            self.top_k,
-            query_chunk=self.options.query_chunk,
-        )
+        indices = self._select(q, k, weights * self.weight_scale, visible)
         return Selected(checkpoint_name(indices, "selected_entries"))
+
+    def _select(
+        self, q: jax.Array, k: jax.Array, weights: jax.Array, visible: VisibleRange
+    ) -> jax.Array:
+        """`indexer_topk`, each device for its own queries."""
+        select = functools.partial(
+            indexer_topk, top_k=self.top_k, query_chunk=self.options.query_chunk
+        )
+        batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
+        if not batch + sequence:
+            return select(q, k, weights, visible)
+        # XLA would gather the scores of the whole batch on every device: it does not partition top_k.
+        queries, keys = PartitionSpec(batch or None, sequence or None), PartitionSpec(batch or None)
+        in_specs = (queries, keys, queries, VisibleRange(queries, queries))
+        return jax.shard_map(select, in_specs=in_specs, out_specs=queries)(q, k, weights, visible)
 
 
 class Attention(nnx.Module):

@@ -34,8 +34,9 @@ def gather_windows(x_BSP: jax.Array, windows: Windows, *, back: int = 0) -> jax.
         return jnp.roll(x, back, axis=1)
     offsets = jnp.arange(m) - (m - 1) - back * m
     index = windows.closing_BE[..., None] + offsets
-    batch = jnp.arange(x_BSP.shape[0])[:, None, None]
-    return x_BSP.at[batch, index].get(mode="clip")
+    # Row by row: XLA partitions a gather over its batch dimensions, and gathers the whole batch on every device
+    # where the row is just another index.
+    return jax.vmap(lambda row, places: row.at[places].get(mode="clip"))(x_BSP, index)
 
 
 class Compressor(nnx.Module):

@@ -249,6 +249,23 @@ class DeepseekV4(nnx.Module):
         self.norm = RMSNorm(rngs, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.head = Head(rngs, config.hidden_size, config.vocab_size, **common)
 
+    def layer(self, index: int) -> Block:
+        """The block of decoder layer `index`, wherever the plan keeps it; a scanned layer's weights are copied.
+
+        Raises:
+          IndexError: when there is no such layer.
+        """
+        plan = self.config.plan
+        if not 0 <= index < self.config.num_layers:
+            raise IndexError(f"layer {index}: the model has layers 0 to {self.config.num_layers - 1}")
+        if index in plan.prefix:
+            return self.prefix[index]
+        if index in plan.suffix:
+            return self.suffix[index - plan.suffix.start]
+        repeat, unit = divmod(index - len(plan.prefix), plan.unit)
+        graphdef, state = nnx.split(self.repeated[unit])
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
+
     def _run_block(self, block: Block, streams: jax.Array, inputs: LayerInputs):
         graphdef, state = nnx.split(block)
 

@@ -1,0 +1,421 @@
+"""Text to packed rows: a deterministic stream of batches per process, which resumes exactly at any step.
+
+documents -> holdout split -> shuffle, anew each epoch -> this process's share -> tokens + EOS -> rows
+of sequence_length -> batches. Everything is a function of the settings and a position, so that the
+state in a checkpoint is a few numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from fathom.train.sources import SOURCES, DataError, Documents, FileEntry, open_documents
+from fathom.train.tokenizers import BYTES, Tokenizer, load_tokenizer
+
+__all__ = ["DataError", "Loader", "batch_hash", "load_tokenizer", "make_loader"]
+
+Batch = dict[str, np.ndarray]
+
+STATE_VERSION = 1
+SPLITS = ("train", "holdout")
+PACKINGS = ("concat_split", "first_fit", "best_fit", "none")
+
+PACKING_BINS = 64
+"""Rows that first_fit and best_fit fill side by side. More pad less, and cost more to rebuild at a resume."""
+
+LISTED_FILES = 1000
+"""Fingerprints of more files than this hold their common hash only: they are part of every checkpoint."""
+
+READ_THREADS = 4
+READ_AHEAD = 16
+"""Documents read and tokenized ahead, where that takes time: real tokenizers, and ArrayRecord."""
+
+
+class DataSettings(Protocol):
+    """What is read of `fathom.recipe.DataBlock`, which documents these fields."""
+
+    source: str
+    path: str
+    pattern: str
+    exclude: tuple[str, ...]
+    field: str
+    tokenizer: str
+    sequence_length: int
+    batch_size: int
+    packing: str
+    shuffle: bool
+    seed: int
+    holdout: float
+    max_bytes: int | None
+
+
+def make_loader(
+    block: DataSettings, *, vocab_size: int, process_index: int = 0, process_count: int = 1, split: str = "train"
+) -> Loader:
+    """Opens the data of a recipe.
+
+    Args:
+      block: the recipe's data block. vocab_size: of the model. split: "train", or "holdout": the
+        documents that `block.holdout` keeps out of the former.
+
+    Returns:
+      An endless iterator over this process's rows: all documents once, then again in another order.
+
+    Raises:
+      DataError: (a ValueError) for impossible settings, data that is missing, empty or broken, a
+        tokenizer with ids that the model does not have, fewer documents than processes.
+    """
+    _check_settings(block, process_index, process_count, split)
+    tokenizer = load_tokenizer(block.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer {block.tokenizer} has ids up to {tokenizer.vocab_size - 1}, the model's "
+            f"vocab_size is {vocab_size}; set it to {tokenizer.vocab_size} or more"
+        )
+    documents = open_documents(
+        block.source,
+        block.path,
+        pattern=block.pattern,
+        exclude=block.exclude,
+        field=block.field,
+        max_bytes=block.max_bytes,
+        needs_text=tokenizer.needs_text,
+    )
+    indices = _select(documents, block, split, process_count)
+    return Loader(block, documents, indices, tokenizer, vocab_size, process_index, process_count, split)
+
+
+class Loader:
+    """The batches of one process; made by `make_loader`.
+
+    Iterating yields dicts of "tokens", "segment_ids" and "positions", each [B, S] int32 with
+    B = batch_size / process_count. Segments are documents, or the pieces of one that was split between
+    rows: counted from 1 in each row, positions from 0 in each segment, 0 and 0 at padding (token 0).
+
+    Attributes:
+      tokenizer: see `fathom.train.tokenizers.Tokenizer`.
+      fingerprint: what decides the stream, JSON-able: files with sizes and hashes, tokenizer, settings;
+        equal on all processes and for both splits.
+      step: batches given out. num_documents: of this split, on all processes.
+    """
+
+    def __init__(
+        self,
+        block: DataSettings,
+        documents: Documents,
+        indices: np.ndarray,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        process_index: int,
+        process_count: int,
+        split: str,
+    ):
+        self.tokenizer = tokenizer
+        self.fingerprint = _fingerprint(block, documents, tokenizer)
+        self.step = 0
+        self.num_documents = len(indices)
+        self._vocab_size = vocab_size
+        self._local_rows = block.batch_size // process_count
+        self._identity = {
+            "version": STATE_VERSION,
+            "split": split,
+            "process_count": process_count,
+            "process_index": process_index,
+        }
+        source = _TokenSource(documents, indices, tokenizer)
+        # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
+        ahead = tokenizer.needs_text or block.source == "array_record"
+        self._rows = iter(_row_dataset(source, block, process_index, process_count, ahead))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+          DataError: for a document that cannot be read or decoded, or an id outside the vocabulary.
+        """
+        rows = [next(self._rows) for _ in range(self._local_rows)]
+        batch = {
+            name: np.stack([row[key] for row in rows]).astype(np.int32, copy=False)
+            for name, key in (
+                ("tokens", "tokens"),
+                ("segment_ids", "tokens_segment_ids"),
+                ("positions", "tokens_positions"),
+            )
+        }
+        _check_ids(batch["tokens"], self._vocab_size, self.step + 1)
+        self.step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is, as plain JSON values that share nothing with the loader."""
+        return json.loads(
+            json.dumps(
+                {
+                    **self._identity,
+                    "step": self.step,
+                    "settings": self.fingerprint["settings"],
+                    "data": _data_digest(self.fingerprint),
+                    "iterator": self._rows.get_state(),
+                }
+            )
+        )
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `get_state` was taken; the stream continues as if uninterrupted.
+
+        Raises:
+          DataError: naming both values, when the state is from other data, other settings, another
+            split, process or number of processes, or is not a state at all.
+        """
+        own = self.get_state()
+        if not isinstance(state, Mapping) or own.keys() - state.keys():
+            missing = sorted(own.keys() - state.keys()) if isinstance(state, Mapping) else "everything"
+            raise DataError(f"not the state of a loader: it lacks {missing}")
+        problems = [
+            f"{key}: {state[key]!r} in the state, {own[key]!r} here"
+            for key in (*self._identity, "data")
+            if state[key] != own[key]
+        ]
+        theirs, ours = state["settings"], own["settings"]
+        if not isinstance(theirs, Mapping):
+            raise DataError(f"the state of the loader is damaged: its settings are {theirs!r}")
+        problems += [
+            f"data.{key}: {theirs.get(key)!r} in the state, {ours.get(key)!r} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if problems:
+            raise DataError(
+                "the state belongs to another stream of data:\n  "
+                + "\n  ".join(problems)
+                + "\nput those values back, or begin a new run"
+            )
+        try:
+            step = operator.index(state["step"])
+            self._rows.set_state(_with_tuples(json.loads(json.dumps(state["iterator"]))))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DataError(f"the state of the loader is damaged: {error!r}") from None
+        self.step = step
+
+
+def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
+    """Hex digest of names, dtypes, shapes and values; equal for equal batches on any machine."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(batch):
+        array = np.asarray(batch[name])
+        array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def _check_settings(block: DataSettings, process_index: int, process_count: int, split: str) -> None:
+    """All problems of the settings at once."""
+    wanted = [
+        ("data.source", block.source, block.source in SOURCES, f"one of {', '.join(SOURCES)}"),
+        ("data.packing", block.packing, block.packing in PACKINGS, f"one of {', '.join(PACKINGS)}"),
+        ("data.sequence_length", block.sequence_length, block.sequence_length >= 2, "2 or more"),
+        ("data.seed", block.seed, block.seed >= 0, "0 or more"),
+        ("data.holdout", block.holdout, 0 <= block.holdout < 1, "at least 0 and below 1"),
+        ("data.max_bytes", block.max_bytes, block.max_bytes is None or block.max_bytes >= 1, "1 or more"),
+        (
+            "data.batch_size",
+            block.batch_size,
+            block.batch_size >= 1 and block.batch_size % process_count == 0,
+            f"a multiple of the {process_count} processes",
+        ),
+        ("process_index", process_index, 0 <= process_index < process_count, f"below {process_count}"),
+        ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
+    ]
+    problems = [f"{key} is {found!r}, expected {text}" for key, found, ok, text in wanted if not ok]
+    if split == "holdout" and block.holdout == 0:
+        problems.append("data.holdout is 0: no documents are held out; set it, 0.01 for one in a hundred")
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def _check_ids(tokens: np.ndarray, vocab_size: int, step: int) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        row, column = (int(i) for i in np.argwhere(tokens == bad)[0])
+        raise DataError(
+            f"batch {step} has token id {bad} at row {row}, column {column}, expected 0..{vocab_size - 1}; "
+            "the tokenizer does not fit the model's vocab_size"
+        )
+
+
+def _select(documents: Documents, block: DataSettings, split: str, process_count: int) -> np.ndarray:
+    """Indices of the documents of a split: the held-out ones are those with the smallest keys.
+
+    So a document stays on its side when others are added, and copies of it are on the same side.
+    """
+    held_out = documents.keys < np.uint64(int(block.holdout * 2**64))
+    counts = {"train": int((~held_out).sum()), "holdout": int(held_out.sum())}
+    needed = SPLITS if block.holdout else ("train",)  # a run that will evaluate must not find out late
+    for name in needed:
+        if counts[name] < process_count:
+            raise DataError(
+                f"data.path {block.path} has {len(documents)} documents, {counts[name]} of them in the "
+                f"{name} split at data.holdout={block.holdout}, expected at least one for each of "
+                f"{process_count} processes; add documents or change data.holdout"
+            )
+    return np.flatnonzero(held_out if split == "holdout" else ~held_out)
+
+
+# --- The pipeline ---------------------------------------------------------------------------------
+
+
+class _TokenSource:
+    """Random access to the token ids of the documents of a split, each with EOS at its end."""
+
+    def __init__(self, documents: Documents, indices: np.ndarray, tokenizer: Tokenizer):
+        self._documents, self._indices, self._tokenizer = documents, indices, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document = int(self._indices[index])
+        text = self._documents.read(document)
+        try:
+            ids = self._tokenizer.encode(text)
+        except UnicodeDecodeError as error:  # files too large to be read at the start, Parquet that lies
+            raise DataError(f"{self._documents.name(document)} is not UTF-8: {error}; convert it") from None
+        tokens = np.empty(len(ids) + 1, np.int32)
+        tokens[:-1] = ids
+        tokens[-1] = self._tokenizer.eos_id
+        return {"tokens": tokens}
+
+
+class _Split(grain.experimental.FlatMapTransform):
+    """Cuts a document into pieces of at most `length` tokens."""
+
+    max_fan_out = 2**31
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def flat_map(self, element: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        tokens = element["tokens"]
+        return [{"tokens": tokens[i : i + self._length]} for i in range(0, len(tokens), self._length)]
+
+
+def _row_dataset(
+    source: _TokenSource, block: DataSettings, process_index: int, process_count: int, ahead: bool
+) -> grain.IterDataset:
+    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions, each [S] int32, without end."""
+    length, seed = block.sequence_length, _seed32(block.seed)
+    dataset = grain.MapDataset.source(source)
+    if block.shuffle:
+        dataset = dataset.shuffle(seed=seed)
+    dataset = dataset[process_index::process_count].repeat()
+    if block.packing == "none":
+        dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
+    threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD if ahead else 0)
+    rows = dataset.to_iter_dataset(options)
+    if block.packing == "none":
+        return rows
+    lengths = {"tokens": length}
+    if block.packing == "concat_split":
+        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths)
+    packers = {
+        "first_fit": grain.experimental.FirstFitPackIterDataset,
+        "best_fit": grain.experimental.BestFitPackIterDataset,
+    }
+    return packers[block.packing](
+        grain.experimental.FlatMapIterDataset(rows, _Split(length)),
+        length_struct=lengths,
+        num_packing_bins=PACKING_BINS,
+        seed=seed,
+        shuffle_bins=block.shuffle,
+    )
+
+
+def _one_row(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """A document cut or padded to a row."""
+    count = min(len(tokens), length)
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "tokens_segment_ids", "tokens_positions")}
+    row["tokens"][:count] = tokens[:count]
+    row["tokens_segment_ids"][:count] = 1
+    row["tokens_positions"][:count] = np.arange(count)
+    return row
+
+
+def _seed32(seed: int) -> int:
+    """grain takes 32 bits and counts epochs on the seed: hashed, so that seed 1 is not seed 0 an epoch late."""
+    return int.from_bytes(hashlib.blake2b(f"data {seed}".encode(), digest_size=4).digest(), "little")
+
+
+def _with_tuples(state: Any) -> Any:
+    """Makes tuples of the pairs under "remainder_slices" again, which JSON turned into lists.
+
+    grain's ConcatThenSplit compares them with the tuple (-1, -1), "nothing left over": a list is never
+    equal to it, and the stream would silently resume at the wrong document.
+    """
+    if not isinstance(state, dict):
+        return state
+    return {
+        key: {name: tuple(pair) for name, pair in value.items()} if key == "remainder_slices" else _with_tuples(value)
+        for key, value in state.items()
+    }
+
+
+# --- Identity -------------------------------------------------------------------------------------
+
+
+def _fingerprint(block: DataSettings, documents: Documents, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the stream. Folders are not part of it: data may be moved."""
+    settings = {
+        "pattern": block.pattern,
+        "exclude": list(block.exclude),
+        "field": block.field,
+        "tokenizer": BYTES if block.tokenizer == BYTES else "file",
+        "sequence_length": block.sequence_length,
+        "batch_size": block.batch_size,
+        "packing": block.packing,
+        "packing_bins": PACKING_BINS,
+        "shuffle": block.shuffle,
+        "seed": block.seed,
+        "holdout": block.holdout,
+        "max_bytes": block.max_bytes,
+    }
+
+    def describe(file: FileEntry) -> dict[str, Any]:
+        return {"bytes": file.size, "blake2b": file.digest, "hashed": file.hashed}
+
+    files = {file.name: describe(file) for file in documents.files}
+    return {
+        "source": block.source,
+        "num_files": len(files),
+        "num_documents": len(documents),
+        "num_bytes": documents.num_bytes,
+        "files": files if len(files) <= LISTED_FILES else f"more than {LISTED_FILES}, see files_hash",
+        "files_hash": _digest(files),
+        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id},
+        "settings": settings,
+    }
+
+
+def _data_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Of everything but the settings, which a state holds in full."""
+    return _digest({key: value for key, value in fingerprint.items() if key not in ("files", "settings")})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,115 @@
+"""Small runs for the tests of the loop: recipes over a folder of generated text, and how to disturb them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from fathom.recipe import Recipe
+from fathom.train import loop
+from fathom.train.checkpoint import read_payload
+from fathom.train.metrics import read_metrics
+from fathom.zoo import ModelSpec
+
+WORDS = "the loss falls when a model learns from real text and nothing is ever lost on the way".split()
+
+
+def write_text(folder: Path, files: int = 6, seed: int = 0) -> Path:
+    """A folder of text files with a few hundred words each."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        words = [rng.choice(WORDS) for _ in range(rng.randrange(150, 500))]
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+def make_recipe(tmp_path: Path, run: str = "run", **changes) -> Recipe:
+    """A recipe for the toy model on eight devices; `changes` are "block__key" = value."""
+    values = {
+        "name": run,
+        "model": {"name": "toy-lm", "dtype": "float32"},
+        "data": {
+            "source": "text",
+            "path": str(tmp_path / "text"),
+            "sequence_length": 32,
+            "batch_size": 8,
+            "packing": "concat_split",
+        },
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "train": {"steps": 12, "log_every": 5},
+        "checkpoint": {"every": 5},
+        "metrics": {"directory": str(tmp_path / run), "tensorboard": False},
+    }
+    for key, value in changes.items():
+        block, _, name = key.partition("__")
+        values[block][name] = value
+    return Recipe.model_validate(values)
+
+
+def at_steps(monkeypatch, actions: dict[int, Callable]) -> None:
+    """Calls `actions[step](batch)` when the loop has fetched the batch of that step."""
+    original = loop.next_batch
+
+    def next_batch(loader, step):
+        batch = original(loader, step)
+        if step in actions:
+            actions[step](batch)
+        return batch
+
+    monkeypatch.setattr(loop, "next_batch", next_batch)
+
+
+def sigterm(batch) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash(batch) -> None:
+    raise InterruptedError("as if the process had been killed")
+
+
+MARKED = 251  # a byte that no text has
+
+
+def mark(batch) -> None:
+    """Makes the batch one on which `exploding` models fail."""
+    batch["tokens"][0, 0] = MARKED
+
+
+def exploding(spec: ModelSpec) -> ModelSpec:
+    """The model, with gradients that are not finite for marked batches."""
+
+    def loss(model, batch, weights, counts):
+        value, aux = spec.loss(model, batch, weights, counts)
+        marked = (batch["tokens"] == MARKED).any()
+        return value * jnp.where(marked, jnp.nan, 1.0), aux
+
+    return dataclasses.replace(spec, loss=loss)
+
+
+def saved_arrays(result: loop.TrainResult, step: int) -> dict[str, dict]:
+    """Name -> shape, dtype and checksum of every array saved at a step."""
+    return read_payload(Path(result.checkpoint_dir) / str(step))["leaves"]
+
+
+def saved_data_state(result: loop.TrainResult, step: int) -> str:
+    return json.dumps(read_payload(Path(result.checkpoint_dir) / str(step))["data_states"])
+
+
+def history(recipe: Recipe, *names: str) -> dict[str, list]:
+    """The values of some metrics over all steps."""
+    entries = read_metrics(recipe.run_dir)
+    return {name: [entry[name] for entry in entries if name in entry] for name in ("step", *names)}
+
+
+def steps_on_disk(result_or_recipe) -> list[int]:
+    directory = getattr(result_or_recipe, "checkpoint_dir")
+    return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())

@@ -1,0 +1,209 @@
+"""The loop: a third party's model from a recipe, metrics, evaluation, bad steps, early stops, bad input."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import fathom
+from fathom import zoo
+from fathom.recipe import load_recipe
+from fathom.train import loop
+from fathom.train.checkpoint import CheckpointError, load_model
+from fathom.train.loop import NonFiniteError, train
+from fathom.train.metrics import read_metrics
+from tests.train import runs, toy_model
+from tests.train.runs import at_steps, history, make_recipe, steps_on_disk, write_text
+
+
+@pytest.fixture(autouse=True)
+def text(tmp_path):
+    return write_text(tmp_path / "text")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", toy_model.TOY)
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The toy model as an installed distribution that Fathom knows nothing of."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    toy_model.install(folder)
+    monkeypatch.syspath_prepend(folder)
+    importlib.invalidate_caches()
+    yield
+    zoo._registered.pop("toy-lm", None)
+    sys.modules.pop("toy_lm", None)
+
+
+def test_a_third_party_model_trains_from_a_recipe_file(tmp_path, installed, capfd):
+    assert "toy-lm" in zoo.names() and "toy-lm" not in zoo._registered
+    file = tmp_path / "toy.yaml"
+    values = make_recipe(tmp_path, optimizer__learning_rate=3e-2, train__steps=40).to_dict()
+    file.write_text(yaml.safe_dump(values))
+    recipe = load_recipe(file, ["train.log_every=20", "checkpoint.every=15"])
+    result = fathom.train(recipe)
+
+    assert (result.step, result.preempted) == (40, False)
+    losses = history(recipe, "loss")
+    assert losses["step"] == list(range(1, 41))
+    assert losses["loss"][0] == pytest.approx(np.log(256), abs=0.1)
+    assert result.metrics["loss"] == losses["loss"][-1] < 4
+    assert steps_on_disk(result) == [30, 40]
+    assert (recipe.run_dir / "loss.png").stat().st_size > 1000
+    assert load_recipe(recipe.run_dir / "recipe.yaml") == recipe
+    errors = capfd.readouterr().err
+    assert "step 20/40" in errors and "step 40/40" in errors and "step 21/40" not in errors
+    assert type(load_model(recipe.run_dir)).__module__ == "toy_lm"
+
+
+def test_metrics_of_every_step(tmp_path, toy):
+    recipe = make_recipe(tmp_path, train__steps=3)
+    result = train(recipe)
+    entries = read_metrics(recipe.run_dir)
+    always = {
+        "loss", "loss/main", "grad_norm", "learning_rate", "batch_hash", "skipped_steps",
+        "expert_load/toy", "expert_load/worst",
+    }  # fmt: skip
+    for entry in entries:
+        assert always <= entry.keys()
+    assert len({entry["batch_hash"] for entry in entries}) == 3
+    # Throughput needs a step before it.
+    assert "tokens_per_second" not in entries[0]
+    rate = entries[1]["tokens_per_second"]
+    flops = toy_model.TOY.flops_per_token(toy_model.TOY.config, 32)
+    assert entries[1]["model_flops_per_second"] == pytest.approx(rate * flops)
+    assert rate > 0 and list(result.metrics)[:2] == ["loss", "grad_norm"]
+
+
+def test_evaluation_on_held_out_documents(tmp_path, toy):
+    recipe = make_recipe(tmp_path, train__steps=4, train__eval_every=2, data__holdout=0.4)
+    train(recipe)
+    curve = history(recipe, "eval/loss", "eval/loss/main")
+    assert len(curve["eval/loss"]) == 2
+    assert curve["eval/loss"] == curve["eval/loss/main"]
+    assert 3 < curve["eval/loss"][1] < curve["eval/loss"][0] < 6
+
+
+def test_a_non_finite_step_stops_the_run_and_saves_nothing(tmp_path, toy, monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
+    recipe = make_recipe(tmp_path)
+    at_steps(monkeypatch, {7: runs.mark})
+    with pytest.raises(NonFiniteError, match="step 7: loss nan.*skip_nonfinite allows 0"):
+        train(recipe)
+    assert [p.name for p in (recipe.run_dir / "checkpoints").iterdir()] == ["5"]
+    assert np.isnan(read_metrics(recipe.run_dir)[-1]["loss"])
+
+
+def test_a_bad_step_due_for_saving_is_not_saved(tmp_path, toy, monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
+    recipe = make_recipe(tmp_path, checkpoint__every=3)
+    at_steps(monkeypatch, {6: runs.mark})
+    with pytest.raises(NonFiniteError, match="step 6"):
+        train(recipe)
+    assert [p.name for p in (recipe.run_dir / "checkpoints").iterdir()] == ["3"]
+
+
+def test_some_bad_steps_in_a_row_may_be_skipped(tmp_path, toy, monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
+    recipe = make_recipe(tmp_path, train__skip_nonfinite=2)
+    at_steps(monkeypatch, dict.fromkeys([3, 4, 8], runs.mark))
+    result = train(recipe)
+    assert result.step == 12 and np.isfinite(result.metrics["loss"])
+    curves = history(recipe, "skipped_steps", "learning_rate", "loss")
+    assert curves["skipped_steps"] == [0, 0, 1, 2, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert curves["learning_rate"][2] == curves["learning_rate"][4]
+    arrays = [np.asarray(x) for x in jax.tree.leaves(load_model(recipe.run_dir).up)]
+    assert all(np.isfinite(x).all() for x in arrays)
+
+    recipe = make_recipe(tmp_path, "three", train__skip_nonfinite=2)
+    at_steps(monkeypatch, dict.fromkeys([7, 8, 9], runs.mark))
+    with pytest.raises(NonFiniteError, match="step 9.*3 bad steps in a row"):
+        train(recipe)
+    assert steps_on_disk(recipe) == [5]
+
+
+def test_sigterm_saves_and_stops(tmp_path, toy, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    recipe = make_recipe(tmp_path)
+    at_steps(monkeypatch, {7: runs.sigterm})
+    result = train(recipe)
+    assert (result.step, result.preempted) == (7, True)
+    assert steps_on_disk(result) == [5, 7]
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    monkeypatch.setitem(zoo._registered, "toy-lm", toy_model.TOY)
+    result = train(recipe)
+    assert (result.step, result.preempted) == (12, False)
+
+
+def test_max_runtime_saves_and_stops(tmp_path, toy):
+    recipe = make_recipe(tmp_path, train__max_runtime=1e-3)
+    result = train(recipe)
+    assert (result.step, result.preempted) == (1, True)
+    assert steps_on_disk(result) == [1]
+
+
+def test_a_finished_run_does_nothing(tmp_path, toy):
+    recipe = make_recipe(tmp_path, train__steps=2)
+    assert train(recipe).step == 2
+    lines = read_metrics(recipe.run_dir)
+    result = train(recipe)
+    assert (result.step, result.preempted, result.metrics) == (2, False, {})
+    assert read_metrics(recipe.run_dir) == lines
+
+
+def refuse_compilation(monkeypatch):
+    monkeypatch.setattr(loop, "init_state", lambda *a: pytest.fail("too late: initialising"))
+
+
+def test_a_checkpoint_folder_that_cannot_be_written(tmp_path, toy, monkeypatch):
+    refuse_compilation(monkeypatch)
+    (tmp_path / "file").write_text("")
+    recipe = make_recipe(tmp_path, checkpoint__directory=str(tmp_path / "file" / "x"))
+    with pytest.raises(CheckpointError, match="file/x cannot be written"):
+        train(recipe)
+
+
+def test_resuming_another_model_is_refused(tmp_path, toy, monkeypatch):
+    train(make_recipe(tmp_path, train__steps=2))
+    refuse_compilation(monkeypatch)
+    changed = make_recipe(
+        tmp_path, model__config={"mlp_size": 64}, data__seed=3, train__steps=4,
+        optimizer__learning_rate=1e-3,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        train(changed)
+    text = str(caught.value)
+    assert "model.config.mlp_size" in text and "data.seed: 0 in the checkpoint, 3" in text
+    assert "learning_rate" not in text and "steps" not in text
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, toy, text, monkeypatch):
+    recipe = make_recipe(tmp_path, train__steps=2)
+    train(recipe)
+    (text / "0.txt").write_text("something else entirely " * 50)
+    refuse_compilation(monkeypatch)
+    with pytest.raises(CheckpointError, match="data_fingerprint"):
+        train(make_recipe(tmp_path, train__steps=4))
+
+
+def test_a_new_run_over_an_old_one_is_refused(tmp_path, toy, monkeypatch):
+    train(make_recipe(tmp_path, train__steps=2))
+    refuse_compilation(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"already holds steps \[2\]"):
+        train(make_recipe(tmp_path, checkpoint__resume=False))
+
+
+def test_data_that_ends_is_an_error():
+    with pytest.raises(ValueError, match="the data ended before step 3"):
+        loop.next_batch(iter([]), 3)

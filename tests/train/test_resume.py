@@ -1,0 +1,106 @@
+"""A run that was interrupted equals one that was not: bit for bit, on eight devices."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from fathom import zoo
+from fathom.train.loop import train
+from tests.train import runs, toy_model
+from tests.train.runs import at_steps, history, make_recipe, saved_arrays, saved_data_state
+
+CURVES = ("loss", "grad_norm", "learning_rate", "batch_hash")
+SAME_EVERY_TIME = ("model/", "train/")
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setitem(zoo._registered, "toy-lm", toy_model.TOY)
+    runs.write_text(tmp_path / "text")
+
+
+def interrupted(recipe, monkeypatch, actions):
+    """Runs until the end, disturbed once at each step of `actions`."""
+    for step, action in actions.items():
+        with monkeypatch.context() as patch:
+            at_steps(patch, {step: action})
+            if action is runs.crash:
+                with pytest.raises(InterruptedError):
+                    train(recipe)
+            else:
+                assert train(recipe).step == step
+    return train(recipe)
+
+
+def assert_equal_runs(one, other, recipe, other_recipe, step):
+    assert one.step == other.step == step
+    assert history(recipe, *CURVES) == history(other_recipe, *CURVES)
+    arrays = saved_arrays(one, step)
+    assert arrays == saved_arrays(other, step)  # checksums of all bits
+    assert {name.split("/")[0] + "/" for name in arrays} == set(SAME_EVERY_TIME)
+    assert saved_data_state(one, step) == saved_data_state(other, step)
+
+
+@pytest.mark.parametrize("packing", ["concat_split", "first_fit"])
+def test_toy_resumes_bit_exact(tmp_path, monkeypatch, packing):
+    common = dict(
+        model__config={"dropout": 0.2},
+        data__packing=packing,
+        train__steps=20,
+        train__accumulation=2,
+        checkpoint__every=4,
+    )
+    straight = make_recipe(tmp_path, "straight", **common)
+    broken = make_recipe(tmp_path, "broken", **common)
+    result = train(straight)
+    # Preempted at 10 and at 11; killed at 15, three steps after a save, which are then done again.
+    actions = {10: runs.sigterm, 11: runs.sigterm, 15: runs.crash}
+    again = interrupted(broken, monkeypatch, actions)
+    assert_equal_runs(result, again, straight, broken, 20)
+
+
+def test_deepseek_v4_tiny_resumes_bit_exact(tmp_path, monkeypatch):
+    common = dict(
+        model__name="deepseek-v4-tiny",
+        mesh__expert=2,
+        mesh__tensor=1,
+        data__sequence_length=64,
+        train__steps=20,
+        checkpoint__every=20,
+    )
+    straight = make_recipe(tmp_path, "straight", **common)
+    broken = make_recipe(tmp_path, "broken", **common)
+    result = train(straight)
+    again = interrupted(broken, monkeypatch, {10: runs.sigterm})
+    assert_equal_runs(result, again, straight, broken, 20)
+
+
+def test_resume_on_another_mesh_goes_on_with_the_same_data(tmp_path, monkeypatch):
+    straight = make_recipe(tmp_path, "straight", mesh__tensor=2)
+    broken = make_recipe(tmp_path, "broken", mesh__tensor=2)
+    train(straight)
+    with monkeypatch.context() as patch:
+        at_steps(patch, {6: runs.sigterm})
+        train(broken)
+    moved = make_recipe(tmp_path, "broken", mesh__fsdp=4, mesh__tensor=1)
+    assert train(moved).step == 12
+    one, other = history(straight, *CURVES), history(moved, *CURVES)
+    assert one["batch_hash"] == other["batch_hash"]
+    assert one["learning_rate"] == other["learning_rate"]
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_somebody_elses_loop_trains_deepseek_v4():
+    """scripts/examples/own_loop.py: under 60 lines, nothing of fathom.train."""
+    file = Path(__file__).parents[2] / "scripts" / "examples" / "own_loop.py"
+    source = file.read_text()
+    assert len(source.splitlines()) < 60
+    assert "from fathom.train" not in source and "import fathom.train" not in source
+    spec = importlib.util.spec_from_file_location("own_loop", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    losses = module.main(steps=5, rows=8, length=32)
+    assert losses[-1] < losses[0] - 0.5
