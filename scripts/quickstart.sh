@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=${FATHOM_VENV:-.venv}
 run=runs/quickstart
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilation-cache}
 if [ ! -x "$venv/bin/fathom" ]; then
     echo "Installing Fathom into $venv ..."
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
@@ -18,7 +19,7 @@ rm -rf "$run"
 steps=$("$venv/bin/python" -c 'import fathom; print(fathom.load_recipe("tiny-v4-cpu").train.steps)')
 half=$((steps / 2))
 echo "== Training to step $half, then stopping =="
-"$fathom" train tiny-v4-cpu metrics.directory="$run" "$@" train.stop_at="$half"
+"$fathom" train tiny-v4-cpu metrics.directory="$run" train.stop_at="$half" "$@"
 echo "== Resuming from the checkpoint at step $half =="
 "$fathom" train tiny-v4-cpu metrics.directory="$run" "$@"
 echo "== A sample from the trained model =="

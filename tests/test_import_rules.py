@@ -25,7 +25,14 @@ ALLOWED = {
         "fathom.zoo",
         "fathom.hub",
     ),
-    "fathom.train": ("fathom.train", "fathom.zoo", "fathom.mesh", "fathom.layers", "fathom.recipe"),
+    "fathom.train": (
+        "fathom.train",
+        "fathom.zoo",
+        "fathom.mesh",
+        "fathom.layers",
+        "fathom.recipe",
+        "fathom.recipe_checks",
+    ),
     "checkpoints_tools": ("checkpoints_tools", "fathom.zoo", "fathom.hub", "fathom.mesh"),
 }
 

@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         code, text = describe_error(error)
-        hint = "" if arguments.debug or code == BAD_INPUT else " (--debug shows where)"
-        print(f"fathom {arguments.command}: {text}{hint}", file=sys.stderr)
+        print(f"fathom {arguments.command}: {text}", file=sys.stderr)
         return code
 
 
@@ -62,7 +61,7 @@ def describe_error(error: Exception) -> tuple[int, str]:
     if ours and text:
         return FAILED, text
     first = text.splitlines()[0] if text else "no message"
-    return FAILED, f"{type(error).__name__}: {first}"
+    return FAILED, f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -159,7 +159,8 @@ class MeshBlock(Block):
 
 
 class TrainBlock(Block):
-    """How long, with which loss weights. After `max_runtime` seconds the run saves and stops."""
+    """How long, with which loss weights. After `max_runtime` seconds, or after step `stop_at`, the run saves and
+    stops; schedules still span `steps`."""
 
     steps: int = Field(ge=1)
     seed: int = Field(0, ge=0)
@@ -172,6 +173,7 @@ class TrainBlock(Block):
     eval_every: int = Field(0, ge=0)
     skip_nonfinite: int = Field(0, ge=0)
     max_runtime: float | None = Field(None, gt=0)
+    stop_at: int | None = Field(None, ge=1)
 
 
 class CheckpointBlock(Block):
@@ -365,6 +367,7 @@ SAFE_TO_CHANGE = (
     "train.eval_every",
     "train.skip_nonfinite",
     "train.max_runtime",
+    "train.stop_at",
     "checkpoint.",
     "metrics.",
 )

@@ -10,12 +10,13 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-from flax import nnx
+if TYPE_CHECKING:  # the registry is read before jax is needed, e.g. by `fathom --help`
+    import jax
+    from flax import nnx
 
-from fathom.mesh import Rules
+    from fathom.mesh import Rules
 
 ENTRY_POINT_GROUP = "fathom.models"
 

@@ -1,14 +1,13 @@
 """Somebody else's loop: plain optax trains the tiny DeepSeek-V4, sharded, without `fathom.train`."""
 
+import argparse  # its source is the text to learn
 import sys
-import sysconfig
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from fathom import zoo
 from fathom.layers.losses import LossWeights, count_targets
@@ -23,13 +22,12 @@ def main(steps: int = 20, rows: int = 8, length: int = 64) -> list[float]:
     def build():
         return nnx.split(spec.build(spec.config, nnx.Rngs(0), options), nnx.Param, ...)
 
-    graphdef = nnx.eval_shape(build)[0]
-    shardings = [state_shardings(state, mesh, rules) for state in nnx.eval_shape(build)[1:]]
-    params, rest = jax.jit(lambda: build()[1:], out_shardings=tuple(shardings))()  # born sharded
+    graphdef, *abstract = nnx.eval_shape(build)
+    shardings = tuple(state_shardings(state, mesh, rules) for state in abstract)
+    params, rest = jax.jit(lambda: build()[1:], out_shardings=shardings)()  # born sharded
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3))
-    state = (params, rest, tx.init(params))  # moments are born with the layout of their weights
-    whole = NamedSharding(mesh, PartitionSpec())
-    layout = jax.tree.map(lambda x: x.sharding if x.ndim else whole, state)
+    state = (params, rest, tx.init(params))  # moments take the layout of their weights
+    layout = jax.tree.map(lambda x: x.sharding if x.ndim else NamedSharding(mesh, jax.P()), state)
     state = jax.device_put(state, layout)
 
     def step(state, batch):
@@ -44,9 +42,8 @@ def main(steps: int = 20, rows: int = 8, length: int = 64) -> list[float]:
         rest = spec.update_state(rest, aux, 1e-3)  # router biases
         return (optax.apply_updates(params, updates), rest, opt_state), loss
 
-    text = Path(sysconfig.get_paths()["stdlib"], "argparse.py").read_bytes()
-    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
-    batches = tokens[: len(tokens) // (rows * length) * rows * length].reshape(-1, rows, length)
+    text = np.fromfile(argparse.__file__, np.uint8).astype(np.int32)
+    batches = text[: len(text) // (rows * length) * rows * length].reshape(-1, rows, length)
     step, losses = jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), []
     with sharding_scope(mesh, rules):
         for i in range(steps):

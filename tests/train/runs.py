@@ -111,5 +111,5 @@ def history(recipe: Recipe, *names: str) -> dict[str, list]:
 
 
 def steps_on_disk(result_or_recipe) -> list[int]:
-    directory = getattr(result_or_recipe, "checkpoint_dir")
+    directory = result_or_recipe.checkpoint_dir
     return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())

@@ -37,7 +37,8 @@ from fathom.train.state import named_leaves
 from fathom.train.step import init_state, make_program
 from tests.train.toy_model import TOY, ToyConfig
 
-# When a read fails, orbax leaves coroutines of other arrays behind, which warn when they are collected.
+# When a read fails, orbax leaves coroutines of other arrays behind, which warn when they are
+# collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 DATA = {"offset": 12, "remainder": [1, -1]}
@@ -324,7 +325,7 @@ def test_config_differences_are_listed(tmp_path, made):
     other = TOY.with_config(ToyConfig(taps=(1, 3), vocab_size=300))
     assert config_differences(payload, other) == [
         "model.config.taps: [1, 2] in the checkpoint, [1, 3] in the recipe",
-        "model.config.vocab_size: 256 in the checkpoint, 300 in the recipe",
+        "model.config.vocab_size: 264 in the checkpoint, 300 in the recipe",
     ]
 
 

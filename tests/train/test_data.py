@@ -130,7 +130,8 @@ def test_rows_of_one_document(tmp_path):
 @pytest.mark.parametrize(
     ("packing", "expected"),
     [
-        # Pieces: "abc." "de." "f." "g." "hij." The two bins take them in turn, until "hij." fits neither.
+        # Pieces: "abc." "de." "f." "g." "hij." The two bins take them in turn, until "hij." fits
+        # neither.
         ("first_fit", ["abc.f. 111122 012301", "de.g._ 111220 012010"]),
         ("best_fit", ["abc.f. 111122 012301", "de.g._ 111220 012010"]),
     ],
@@ -402,7 +403,8 @@ def test_the_holdout(tmp_path):
     held_out = split_documents(folder, "holdout", holdout=0.2)
     assert train | held_out == set(documents) and not train & held_out
     assert 8 <= len(held_out) <= 32
-    # Neither seed nor new documents move a document; a larger fraction only adds to the held-out ones.
+    # Neither seed nor new documents move a document; a larger fraction only adds to the held-out
+    # ones.
     assert split_documents(folder, "holdout", holdout=0.2, seed=7) == held_out
     assert split_documents(folder, "holdout", holdout=0.4) > held_out
     for name, text in (("added.txt", b"added"), ("copy.txt", sorted(held_out)[0])):

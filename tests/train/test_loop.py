@@ -14,7 +14,7 @@ import yaml
 import fathom
 from fathom import zoo
 from fathom.recipe import load_recipe
-from fathom.train import loop
+from fathom.train import data, loop
 from fathom.train.checkpoint import CheckpointError, load_model
 from fathom.train.loop import NonFiniteError, train
 from fathom.train.metrics import read_metrics
@@ -56,7 +56,7 @@ def test_a_third_party_model_trains_from_a_recipe_file(tmp_path, installed, capf
     assert (result.step, result.preempted) == (40, False)
     losses = history(recipe, "loss")
     assert losses["step"] == list(range(1, 41))
-    assert losses["loss"][0] == pytest.approx(np.log(256), abs=0.1)
+    assert losses["loss"][0] == pytest.approx(np.log(264), abs=0.1)
     assert result.metrics["loss"] == losses["loss"][-1] < 4
     assert steps_on_disk(result) == [30, 40]
     assert (recipe.run_dir / "loss.png").stat().st_size > 1000
@@ -195,6 +195,16 @@ def test_resuming_on_other_data_is_refused(tmp_path, toy, text, monkeypatch):
     refuse_compilation(monkeypatch)
     with pytest.raises(CheckpointError, match="data_fingerprint"):
         train(make_recipe(tmp_path, train__steps=4))
+
+
+def test_data_and_model_out_of_step_are_refused(tmp_path, toy, monkeypatch):
+    recipe = make_recipe(tmp_path, train__steps=3)
+    original = data.Loader.get_state
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Loader, "get_state", lambda self: {**original(self), "step": self.step + 1})
+        train(recipe)
+    with pytest.raises(CheckpointError, match="iterator is at step 4, its model at step 3"):
+        train(make_recipe(tmp_path, train__steps=6))
 
 
 def test_a_new_run_over_an_old_one_is_refused(tmp_path, toy, monkeypatch):

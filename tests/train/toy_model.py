@@ -1,7 +1,7 @@
 """A third party's model: an embedding and an MLP, with a ModelSpec of its own.
 
-It has what the loop must cope with: dropout, state that is not trained, a parameter frozen in one stage, and
-stacked layers. Tests install it as a distribution with an entry point (`install`).
+It has what the loop must cope with: dropout, state that is not trained, a parameter frozen in one
+stage, and stacked layers. Tests install it as a distribution with an entry point (`install`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fathom.zoo import ModelSpec, ParamCount
 
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
-    vocab_size: int = 256
+    vocab_size: int = 264
     hidden_size: int = 16
     mlp_size: int = 32
     num_layers: int = 2

@@ -107,8 +107,8 @@ class Documents:
 
     @property
     def is_last_BS(self) -> jax.Array:
-        """True at the last token of each document."""
-        following = jnp.roll(self.segment_ids_BS, -1, axis=1).at[:, -1].set(0)
+        """True at the last token of each document, and at the last of each row's padding."""
+        following = jnp.roll(self.segment_ids_BS, -1, axis=1).at[:, -1].set(-1)
         return following != self.segment_ids_BS
 
 

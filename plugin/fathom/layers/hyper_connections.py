@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections (mHC): n residual streams mixed by doubly stochastic matrices.
 
-Formulas: spec 1.2 "hc_pre", "hc_post", "Final"; the paper's B is the transpose of the matrix C here. All of it is
+Formulas: models/deepseek_v4/README.md "mHC"; the report's B is the transpose of the matrix C here. All of it is
 float32; streams are stored in the compute dtype. Letters: n streams, D hidden, M = (2 + n) n mixing outputs.
 """
 

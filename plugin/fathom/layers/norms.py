@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (spec 1.2 "RMSNorm")."""
+"""Root-mean-square normalisation, in float32 whatever the compute dtype."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """V4's attention in one meaning: a band of recent keys plus a set of compressed entries, with a sink.
 
 Each query s attends to the `band[s]` most recent tokens (itself included) and to compressed entries: those listed
-(CSA), a contiguous range (HCA), or none (sliding). Keys are values (one shared 512-wide vector for all heads), all of it
-goes through one softmax, and each head's sink joins the denominator only, unscaled (spec 1.2 "Attention", 4).
+(CSA), a contiguous range (HCA), or none (sliding). Keys are values (one shared 512-wide vector for all heads), all
+of it goes through one softmax, and each head's sink joins the denominator only, unscaled
+(models/deepseek_v4/README.md "Attention").
 
 Versions behind `shared_kv_attention`:
   reference  the meaning, written over all queries x keys.

@@ -1,8 +1,10 @@
-"""Checkpoints through orbax v1: a step folder appears complete or not at all, and is verified when read.
+"""Checkpoints through orbax v1: a step folder appears complete or not at all, and is verified when
+read.
 
-A step folder holds two array items, "model" (params, model_state) and "train" (opt_state, step, rng), and in
-`_CHECKPOINT_METADATA` the *payload*, JSON of everything else: the resolved recipe, versions, data fingerprint and
-iterator states, and for every array its shape, dtype and checksum. Orbax finds no flipped bits; the checksums do.
+A step folder holds two array items, "model" (params, model_state) and "train" (opt_state, step,
+rng), and in `_CHECKPOINT_METADATA` the *payload*, JSON of everything else: the resolved recipe,
+versions, data fingerprint and iterator states, and for every array its shape, dtype and checksum.
+Orbax finds no flipped bits; the checksums do.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ METADATA_FILE = "_CHECKPOINT_METADATA"
 VERSIONED = ("fathom-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 MODEL_ITEM = ("params", "model_state")
 TRAIN_ITEM = ("opt_state", "step", "rng")
-# What orbax and TensorStore raise for missing, truncated or garbled files. Other errors (no memory, no
-# permission) say nothing about the checkpoint and are passed on.
+# What orbax and TensorStore raise for missing, truncated or garbled files. Other errors (no memory,
+# no permission) say nothing about the checkpoint and are passed on.
 DAMAGE_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, EOFError)
 
 
@@ -103,7 +105,8 @@ class Checkpoints:
             ) from error
 
     def save(self, state: TrainState, data_state: Any, description: Mapping[str, Any]) -> None:
-        """Starts a save (finishes it, when not async). Older steps go only once this one is complete.
+        """Starts a save (finishes it, when not async). Older steps go only once this one is
+        complete.
 
         Args:
           state: the state after `state.step` steps.
@@ -159,7 +162,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # A save under way when the run fails is of a good step: let it complete, and report the first failure.
+        # A save under way when the run fails is of a good step: let it complete, and report the
+        # first failure.
         try:
             self.wait()
         except CheckpointError as late:
@@ -212,11 +216,13 @@ class Checkpoints:
     ) -> Restored | None:
         """The newest sound step, or None when nothing was ever saved here.
 
-        A damaged or half-copied step is renamed to <step>.corrupt, with a warning, and the one before it used.
+        A damaged or half-copied step is renamed to <step>.corrupt, with a warning, and the one
+        before it used.
 
         Args:
           abstract: shapes, dtypes and shardings wanted; any mesh.
-          check: called with the payload before arrays are read; raises ValueError to refuse to resume.
+          check: called with the payload before arrays are read; raises ValueError to refuse to
+            resume.
 
         Raises:
           CheckpointError: when no step is sound, or the newest sound one holds other arrays.
@@ -301,7 +307,8 @@ def compare_leaves(
     """Refuses a checkpoint whose arrays are not those wanted, listing all differences.
 
     Raises:
-      CheckpointError: for missing or extra arrays, other shapes, or (unless `allow_cast`) other dtypes.
+      CheckpointError: for missing or extra arrays, other shapes, or (unless `allow_cast`) other
+        dtypes.
     """
     wanted, stored = describe_leaves(items), payload["leaves"]
     prefixes = {f"{item}/" for item in items}
@@ -334,7 +341,8 @@ def _load_items(folder: epath.Path, items: dict[str, Any], payload: Mapping[str,
     )
     loaded = {}
     try:
-        # One at a time: when one of several cannot be read, orbax leaves the others' coroutines behind.
+        # One at a time: when one of several cannot be read, orbax leaves the others' coroutines
+        # behind.
         for item, abstract in wanted.items():
             loaded |= ocp.load_checkpointables(folder, {item: abstract})
     except DAMAGE_ERRORS as error:
@@ -472,7 +480,8 @@ def find_step(path: str | os.PathLike[str]) -> epath.Path | None:
     """The step folder that a path stands for, None when it is no Fathom checkpoint.
 
     Args:
-      path: a step folder, a folder of step folders, or a run folder; of several steps the newest complete one.
+      path: a step folder, a folder of step folders, or a run folder; of several steps the newest
+        complete one.
     """
     path = _absolute(path)
     if (path / METADATA_FILE).exists():
@@ -502,7 +511,8 @@ def load_model(
       allow_cast: convert stored dtypes to those that `options` ask for, logging each; else refused.
 
     Raises:
-      CheckpointError: when there is no checkpoint, it is damaged, or it holds other arrays than the model.
+      CheckpointError: when there is no checkpoint, it is damaged, or it holds other arrays than the
+        model.
     """
     folder = find_step(path)
     if folder is None:

@@ -42,7 +42,8 @@ class TrainResult:
     Attributes:
       step: steps done. metrics: those of the last step, floats by name.
       checkpoint_dir: where its step folders lie.
-      preempted: True when it stopped early, after a complete save, for SIGTERM or train.max_runtime.
+      preempted: True when it stopped early, after a complete save, for SIGTERM or
+        train.max_runtime.
     """
 
     step: int
@@ -57,14 +58,16 @@ def train(recipe: Recipe) -> TrainResult:
     Raises:
       RecipeError: when the recipe is impossible here; before anything is compiled.
       CheckpointError: when checkpoints cannot be written, read, or belong to another model or data.
-      NonFiniteError: when loss or gradients stop being finite; the newest checkpoint is from before.
+      NonFiniteError: when loss or gradients stop being finite; the newest checkpoint is from
+        before.
     """
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
     is_main = jax.process_index() == 0
     checkpoints = open_checkpoints(recipe)
-    loader = open_loader(recipe, spec.config.vocab_size)
+    vocab_size = spec.config.vocab_size
+    loader = open_loader(recipe, vocab_size)
     program = make_program(recipe, mesh)
     description = describe_run(recipe.to_dict(), spec, mesh, loader.fingerprint)
 
@@ -76,6 +79,12 @@ def train(recipe: Recipe) -> TrainResult:
         state, start, loader_state = restore_or_init(recipe, program, checkpoints, description)
         if loader_state is not None:
             loader.set_state(loader_state)
+        if loader.step != start:
+            raise CheckpointError(
+                f"{checkpoints.directory}/{start}: its data iterator is at step {loader.step}, its model at "
+                f"step {start}; remove that folder to use the one before it"
+            )
+        holdout = open_loader(recipe, vocab_size, "holdout") if recipe.train.eval_every else None
         steps, every = recipe.train.steps, recipe.checkpoint.every
         progress = make_progress(steps, start, every=recipe.train.log_every, enabled=is_main)
         progress.message(_headline(recipe, program, start))
@@ -100,18 +109,19 @@ def train(recipe: Recipe) -> TrainResult:
             emit, flops_per_token=flops, skip_nonfinite=recipe.train.skip_nonfinite
         )
         done, stopping = start, False
+        last = min(steps, recipe.train.stop_at or steps)
         try:
-            for done in range(start + 1, steps + 1):
+            for done in range(start + 1, last + 1):
                 batch = next_batch(loader, done)
                 state, metrics = program.step(state, to_devices(batch, program, recipe))
                 reader.push(done, metrics, batch_hash(batch))
                 checkpoints.poll()
                 stopping = stop.requested()
-                if recipe.train.eval_every and done % recipe.train.eval_every == 0:
+                if holdout is not None and done % recipe.train.eval_every == 0:
                     reader.flush()
-                    writer.write(done, evaluate(recipe, program, state))
+                    writer.write(done, evaluate(recipe, program, state, holdout))
                     reader.restart_clock()
-                if done % every == 0 or done == steps or stopping:
+                if done % every == 0 or done == last or stopping:
                     reader.flush()  # raises rather than save after a bad step
                     checkpoints.save(state, loader.get_state(), description)
                     reader.restart_clock()
@@ -199,27 +209,24 @@ def restore_or_init(
     restored = checkpoints.restore(program.state, check)
     if restored is None:
         return init_state(program, recipe.train.seed), 0, None
-    start = int(restored.state.step)
-    if start != restored.payload["step"]:
-        raise CheckpointError(
-            f"{checkpoints.directory}/{restored.payload['step']} holds the state of step {start}: data "
-            "and model would be out of step; remove that folder to use the one before it"
-        )
-    return restored.state, start, restored.data_state
+    return restored.state, int(restored.state.step), restored.data_state
 
 
-def evaluate(recipe: Recipe, program: Program, state: TrainState) -> dict[str, float]:
-    """Mean losses over the first EVAL_BATCHES batches of the held-out documents, names begin with "eval/"."""
-    loader = open_loader(recipe, program.spec.config.vocab_size, split="holdout")
+def evaluate(
+    recipe: Recipe, program: Program, state: TrainState, loader: Any
+) -> dict[str, float]:
+    """Mean losses over the first EVAL_BATCHES batches of held-out documents; names begin with
+    "eval/".
+
+    The loader is left where it was, so that every evaluation sees the same batches.
+    """
+    begin = loader.get_state()
     sums: dict[str, float] = {}
-    count = 0
     for batch in itertools.islice(loader, EVAL_BATCHES):
         for name, value in program.evaluate(state, to_devices(batch, program, recipe)).items():
             sums[f"eval/{name}"] = sums.get(f"eval/{name}", 0.0) + float(value)
-        count += 1
-    if not count:
-        raise ValueError("data.holdout leaves no whole batch to evaluate; raise it or lower batch_size")
-    return {name: value / count for name, value in sums.items()}
+    loader.set_state(begin)
+    return {name: value / EVAL_BATCHES for name, value in sums.items()}
 
 
 def _short(value: Any) -> str:

@@ -1,9 +1,9 @@
 """Checksums of array trees that do not depend on how the arrays are laid out over devices.
 
-Each element's bits, as uint32, are multiplied by an odd weight made from its linear index, and all products
-are added modulo 2^32. Addition is associative there, so any mesh gives the same sum. A change of one element
-always changes the sum (its difference times an odd number is not 0); any other damage escapes with
-probability about 2^-32 per leaf.
+Each element's bits, as uint32, are multiplied by an odd weight made from its linear index, and all
+products are added modulo 2^32. Addition is associative there, so any mesh gives the same sum. A
+change of one element always changes the sum (its difference times an odd number is not 0); any
+other damage escapes with probability about 2^-32 per leaf.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """AdamW with a warmup-stable-decay schedule, over the parameters that train in this stage.
 
-Frozen parameters never reach the optimizer: the step splits them off by path, so they have no gradient, no
-moments, no decay and no update. Gradients and moments are float32 whatever the parameters are stored in.
+Frozen parameters never reach the optimizer: the step splits them off by path, so they have no
+gradient, no moments, no decay and no update. Gradients and moments are float32 whatever the
+parameters are stored in.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NO_DECAY_NAMES = frozenset({"ape", "base", "bias", "scale", "sink"})
 def make_schedule(block: Any, steps: int) -> optax.Schedule:
     """Learning rate by number of updates done: linear warmup, constant, then a final decay.
 
-    The first update has learning_rate / warmup_steps, update warmup_steps - 1 the full rate, and the last
-    decay_steps go down to final_ratio * learning_rate.
+    The first update has learning_rate / warmup_steps, update warmup_steps - 1 the full rate, and
+    the last decay_steps go down to final_ratio * learning_rate.
 
     Args:
       block: the recipe's optimizer block. steps: updates in the whole run.
@@ -92,7 +93,8 @@ def make_optimizer(
       block: the recipe's optimizer block. steps: updates in the run. stage: given to `spec.frozen`.
 
     Raises:
-      ValueError: for an unknown optimizer name, a schedule that does not fit, or nothing left to train.
+      ValueError: for an unknown optimizer name, a schedule that does not fit, or nothing left to
+        train.
     """
     if block.name != "adamw":
         raise ValueError(f"optimizer.name: found {block.name!r}, expected 'adamw'")

@@ -1,7 +1,8 @@
 """The state of a run, and the model split once into a static part and arrays.
 
-`TrainState` is everything a step changes and everything a checkpoint must hold about the model. Names of its
-leaves ("params/embed/weight") are made here once, for shardings, checkpoints and error messages alike.
+`TrainState` is everything a step changes and everything a checkpoint must hold about the model.
+Names of its leaves ("params/embed/weight") are made here once, for shardings, checkpoints and error
+messages alike.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class TrainState:
 
     Attributes:
       params: nnx.State of the nnx.Param variables, stored in the model's param dtypes.
-      model_state: nnx.State of all other variables (router biases, hash tables) but random-number state.
+      model_state: nnx.State of all other variables (router biases, hash tables) but random-number
+        state.
       opt_state: optax state, over the trainable parameters only.
       step: int32 scalar, batches consumed (a skipped step counts).
       rng: uint32 key data; each step folds `step` into it, so it never changes.
@@ -50,7 +52,8 @@ class SplitModel:
     Attributes:
       graphdef: what `nnx.merge` needs beside the states.
       params, model_state: abstract states, as in TrainState.
-      rng_state: abstract state of random-number streams (dropout); made anew in every step, never saved.
+      rng_state: abstract state of random-number streams (dropout); made anew in every step, never
+        saved.
     """
 
     graphdef: nnx.GraphDef
@@ -68,8 +71,8 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.S
 
 
 def _build(spec: ModelSpec, options: ComputeOptions, key: jax.Array) -> nnx.Module:
-    # Sharding comes from out_shardings of the jitted initializer. Flax must see no mesh meanwhile: it would
-    # take logical axes for mesh axes.
+    # Sharding comes from out_shardings of the jitted initializer. Flax must see no mesh meanwhile:
+    # it would take logical axes for mesh axes.
     no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
     with nnx.use_eager_sharding(False), no_mesh:
         return spec.build(spec.config, nnx.Rngs(key), options)
@@ -131,8 +134,8 @@ def abstract_state(
     """TrainState of `jax.ShapeDtypeStruct`s that carry their shardings.
 
     Args:
-      init_optimizer: params -> optimizer state. Each of its leaves whose path ends in the path of a parameter
-        of the same shape is laid out like that parameter; the others are replicated.
+      init_optimizer: params -> optimizer state. Each of its leaves whose path ends in the path of a
+        parameter of the same shape is laid out like that parameter; the others are replicated.
 
     Raises:
       ValueError: naming the weight, when a sharding rule does not fit it.

@@ -1,7 +1,7 @@
 """The train step: loss and gradients over microbatches, one guarded update, metrics.
 
-`make_program` needs no devices: with an AbstractMesh or a mesh of a TPU topology it gives the same program,
-for lowering and memory analysis.
+`make_program` needs no devices: with an AbstractMesh or a mesh of a TPU topology it gives the same
+program, for lowering and memory analysis.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
       mesh: real, abstract, or of a topology that is not attached.
 
     Raises:
-      ValueError: when model, sharding preset, schedule and mesh do not fit together (`Recipe.check` says more).
+      ValueError: when model, sharding preset, schedule and mesh do not fit together (`Recipe.check`
+        says more).
     """
-    spec, options = recipe.model_spec(), recipe.model.compute_options()
+    spec, options = recipe.model_spec(), recipe.compute_options()
     rules = spec.preset(recipe.mesh.preset)
     block, train = recipe.optimizer, recipe.train
     with sharding_scope(mesh, rules):
@@ -134,8 +135,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step function, to be jitted with its first argument donated.
 
-    A step whose loss, gradients or update are not finite changes nothing but the step number; its metric
-    "finite" is False. Metrics are float32 scalars.
+    A step whose loss, gradients or update are not finite changes nothing but the step number; its
+    metric "finite" is False. Metrics are float32 scalars.
 
     Args:
       train: the recipe's train block. shardings: layout of the state.
@@ -191,7 +192,8 @@ def accumulate(
     microbatches: int,
     grad_shardings: Any = None,
 ) -> tuple[jax.Array, dict[str, Any], nnx.State]:
-    """Sums loss, aux and float32 gradients of `loss_fn(trainable, microbatch, index)` over microbatches.
+    """Sums loss, aux and float32 gradients of `loss_fn(trainable, microbatch, index)` over
+    microbatches.
 
     Microbatch i takes rows i, i + n, i + 2n, ...: each device keeps its own rows, nothing moves.
 

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class StopSignal:
-    """A context in which SIGTERM only sets a flag; all processes come to the same decision at the same step.
+    """A context in which SIGTERM only sets a flag; all processes come to the same decision at the
+    same step.
 
     Args:
       mesh: all devices of the run. max_runtime: seconds after which to stop, None for no limit.

@@ -1,7 +1,7 @@
 """V4 attention: sliding, compressed sparse (CSA) and heavily compressed (HCA), one module for the three kinds.
 
 Shared-KV multi-query attention with per-head sinks; RoPE on the trailing channels of queries and of the shared
-key-values, turned back on the output; grouped low-rank output projection (spec 1.2 "Attention").
+key-values, turned back on the output; grouped low-rank output projection (README.md "Attention").
 """
 
 from __future__ import annotations

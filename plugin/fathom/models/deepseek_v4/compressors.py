@@ -1,4 +1,4 @@
-"""The two compressors of V4: softmax-pooled windows of tokens (spec 1.2 "Compressor").
+"""The two compressors of V4: softmax-pooled windows of tokens (README.md "Compressors").
 
 HCA pools the `ratio` tokens of each window. CSA's windows overlap: an entry pools the first half of the channels of
 the previous window's tokens and the second half of the current window's. Windows are anchored at each document's
