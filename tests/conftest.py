@@ -1,6 +1,16 @@
-"""One conftest: eight simulated CPU devices, set before any backend is used."""
+"""One conftest: eight simulated CPU devices, set before any backend is used, and one compilation cache."""
 
-import jax
+import os
+import tempfile
+from pathlib import Path
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
+from fathom.mesh import simulate_devices
+
+# Programs that several tests, workers or child processes compile alike are compiled once per session. The first
+# process of the session makes the folder and the others inherit it; nothing outlives the session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="fathom-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_cache.name))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+simulate_devices(8)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -62,6 +64,29 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
     return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def simulate_devices(count: int) -> None:
+    """Splits the CPU into `count` simulated devices; call it before anything uses a jax backend.
+
+    Raises:
+      ValueError: when jax already runs with other devices, which a process cannot change.
+    """
+    flag = "--xla_cpu_experimental_ynn_fusion_type"
+    flags = os.environ.get("XLA_FLAGS", "")
+    # jaxlib 0.10 hands reductions on the CPU to a library that takes twice as long as XLA's own loops do
+    # (BENCHMARKS.md, "CPU step"). Other versions may not know the flag, and XLA aborts on unknown ones.
+    if metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=".strip()
+    with contextlib.suppress(RuntimeError):  # a backend is in use: whether it has the devices is checked below
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    found = jax.devices()
+    if len(found) != count or found[0].platform != "cpu":
+        raise ValueError(
+            f"{count} simulated CPU devices asked for, and jax already runs with {len(found)} "
+            f"{found[0].platform} devices; start a new process, or ask before anything uses jax"
+        )
 
 
 def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
@@ -141,7 +166,10 @@ def partition_spec(
     Raises:
       ValueError: when two dimensions land on the same mesh axis, naming the array, or a logical axis is unknown.
     """
-    per_dim = [mesh_axes(axis, rules) for axis in logical_axes]
+    try:
+        per_dim = [mesh_axes(axis, rules) for axis in logical_axes]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     flat = [axis for axes in per_dim for axis in axes]
     twice = sorted({axis for axis in flat if flat.count(axis) > 1})
     if twice:

@@ -86,6 +86,8 @@ class DataBlock(Block):
     files that match the glob `pattern` are read, except below folders named in `exclude`.
     `batch_size` counts rows per optimizer step over all processes and microbatches. `holdout` is
     the fraction of documents kept for evaluation. `max_bytes` stops reading after that much text.
+    `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
+    pieces of one long document do not fill whole batches.
     """
 
     source: Literal["text", "jsonl", "parquet", "array_record"] = "text"
@@ -98,6 +100,7 @@ class DataBlock(Block):
     batch_size: int = Field(ge=1)
     packing: Literal["concat_split", "first_fit", "best_fit", "none"] = "concat_split"
     shuffle: bool = True
+    shuffle_rows: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
     holdout: float = Field(0.0, ge=0, lt=1)
     max_bytes: int | None = Field(None, ge=1)
@@ -269,23 +272,18 @@ class Recipe(Block):
         wanted = self.mesh.simulated_devices
         if wanted is None:
             return
-        import jax
+        from fathom.mesh import simulate_devices
 
         try:
-            jax.config.update("jax_num_cpu_devices", wanted)
-        except RuntimeError:
-            pass  # a backend is in use; whether it has the right devices is what matters, below
-        else:
-            jax.config.update("jax_platforms", "cpu")
-        found = jax.devices()
-        if len(found) != wanted or found[0].platform != "cpu":
+            simulate_devices(wanted)
+        except ValueError as error:
             problem = Problem(
                 "mesh.simulated_devices",
-                f"{wanted}, and jax already runs with {len(found)} {found[0].platform} devices",
+                str(error),
                 "a fresh process, or one with as many CPU devices",
                 "start a new process, or call this before anything uses jax",
             )
-            raise RecipeError([problem], self.name)
+            raise RecipeError([problem], self.name) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON-able values; `Recipe.model_validate` reads it back."""

@@ -183,7 +183,7 @@ def test_wrong_presets_are_refused_naming_the_weight():
     with pytest.raises(ValueError, match=r"embed/weight.*split twice over mesh axes \['fsdp'\].*map one of"):
         state_shardings(weights, mesh, {**RULES, "vocab": "fsdp"})
     missing = {axis: axes for axis, axes in RULES.items() if axis != "q_lora"}
-    with pytest.raises(ValueError, match="logical axis 'q_lora' is not in the sharding preset.*wq_a/weight"):
+    with pytest.raises(ValueError, match="wq_a/weight: logical axis 'q_lora' is not in the sharding"):
         state_shardings(weights, mesh, missing)
     with pytest.raises(ValueError, match=r"sharding rule 'embed' -> 'fdsp' names mesh axes \['fdsp'\]"):
         with sharding_scope(mesh, {**RULES, "embed": "fdsp"}):

@@ -238,25 +238,25 @@ def through_json(state):
     return json.loads(json.dumps(state))
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("shuffle", "shuffle_rows"), [(True, 0), (False, 0), (True, 11)])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_resuming_at_every_step_gives_the_uninterrupted_stream(folder, monkeypatch, packing, shuffle):
+def test_resuming_at_every_step_gives_the_uninterrupted_stream(folder, monkeypatch, packing, shuffle, shuffle_rows):
     monkeypatch.setattr(data, "PACKING_BINS", 6)
     steps, after = 40, 6
-    loader = open_loader(folder, packing=packing, shuffle=shuffle)
+    loader = open_loader(folder, packing=packing, shuffle=shuffle, shuffle_rows=shuffle_rows)
     states, expected = [through_json(loader.get_state())], []
     for _ in range(steps + after):
         expected.append(batch_hash(next(loader)))
         states.append(through_json(loader.get_state()))
     assert [state["step"] for state in states] == list(range(steps + after + 1))
-    resumed = open_loader(folder, packing=packing, shuffle=shuffle)
+    resumed = open_loader(folder, packing=packing, shuffle=shuffle, shuffle_rows=shuffle_rows)
     for k in reversed(range(steps + 1)):  # also: an iterator that was elsewhere before
         resumed.set_state(states[k])
         assert resumed.step == k
         for i in range(after):
             assert resumed.get_state() == states[k + i], (k, i)
             assert batch_hash(next(resumed)) == expected[k + i], (k, i)
-    if packing == "concat_split":  # both kinds of state were among them: nothing left over, and a piece
+    if packing == "concat_split" and not shuffle_rows:  # both kinds of state were among them: nothing left over, and a piece
         slices = [state["iterator"]["remainder_slices"]["tokens"] for state in states[:steps]]
         assert [-1, -1] in slices and any(pair != [-1, -1] for pair in slices)
 
@@ -508,6 +508,7 @@ def test_the_fingerprint_follows_whatever_decides_the_stream(folder, tmp_path):
     train_bpe(tmp_path / "bpe")
     fields = {
         "max_bytes": 100, "sequence_length": 8, "batch_size": 2, "packing": "none", "shuffle": False,
+        "shuffle_rows": 8,
         "seed": 1, "holdout": 0.3, "exclude": ("x",), "pattern": "*.txt",
     }  # fmt: skip
     prints = [open_loader(folder).fingerprint]

@@ -330,7 +330,7 @@ def test_simulated_devices():
     assert jax.device_count() == 8
     four = recipe_with(mesh__data=2, mesh__simulated_devices=4)
     found = problems_of(four.use_simulated_devices)["mesh.simulated_devices"].found
-    assert found == "4, and jax already runs with 8 cpu devices"
+    assert found.startswith("4 simulated CPU devices asked for, and jax already runs with 8 cpu devices")
 
 
 # --- Resuming ------------------------------------------------------------------------------------

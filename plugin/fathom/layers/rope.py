@@ -1,7 +1,7 @@
 """Rotary position embedding: interleaved pairs on the trailing dimensions, and YaRN frequencies.
 
-V4 turns pairs (2i, 2i+1) of the last `rope_head_dim` channels (models/deepseek_v4/README.md "RoPE"). YaRN enters through the
-frequencies alone: V4 applies no mscale anywhere.
+V4 turns pairs (2i, 2i+1) of the last `rope_head_dim` channels (models/deepseek_v4/README.md "RoPE"). YaRN enters
+through the frequencies alone: V4 applies no mscale anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lightning indexer's scores and exact selection (DeepSeek-V4 report eq. 13-17; models/deepseek_v4/README.md "Indexer").
+"""The lightning indexer's scores and exact selection (report eq. 13-17; models/deepseek_v4/README.md "Indexer").
 
 score[s, e] = sum_h w[s, h] relu(q[s, h] . k[e]); each query keeps its top_k visible entries, ties to the lowest
 entry number. Selection is discrete: no gradient passes through it.

@@ -1,6 +1,7 @@
 """Simulated quantisation of the released inference code: FP8 and FP4 block rounding, Hadamard rotation.
 
-Values stay in their dtype and are rounded to what the quantised format can hold (models/deepseek_v4/README.md "Simulated quantisation").
+Values stay in their dtype and are rounded to what the quantised format can hold
+(models/deepseek_v4/README.md "Simulated quantisation").
 Gradients pass straight through.
 """
 

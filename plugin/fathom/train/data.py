@@ -52,6 +52,7 @@ class DataSettings(Protocol):
     batch_size: int
     packing: str
     shuffle: bool
+    shuffle_rows: int
     seed: int
     holdout: float
     max_bytes: int | None
@@ -328,7 +329,15 @@ def _row_dataset(
         dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
     threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD if ahead else 0)
-    rows = dataset.to_iter_dataset(options)
+    rows = _packed(dataset.to_iter_dataset(options), block, seed)
+    if block.shuffle_rows:
+        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=block.shuffle_rows, seed=seed)
+    return rows
+
+
+def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.IterDataset:
+    """Documents laid into rows as data.packing says."""
+    length = block.sequence_length
     if block.packing == "none":
         return rows
     lengths = {"tokens": length}
@@ -391,6 +400,7 @@ def _fingerprint(block: DataSettings, documents: Documents, tokenizer: Tokenizer
         "packing": block.packing,
         "packing_bins": PACKING_BINS,
         "shuffle": block.shuffle,
+        "shuffle_rows": block.shuffle_rows,
         "seed": block.seed,
         "holdout": block.holdout,
         "max_bytes": block.max_bytes,

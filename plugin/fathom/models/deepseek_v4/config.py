@@ -444,6 +444,7 @@ class DeepseekV4Config:
             rope_scaling=YarnScaling(16.0, 64, 32.0, 1.0),
             max_position_embeddings=4096,
             num_mtp_layers=1,
+            initializer_range=0.06,
         )
 
     @classmethod
