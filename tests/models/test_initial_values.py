@@ -75,8 +75,8 @@ def test_first_loss_is_that_of_guessing():
     variance = CONFIG.hidden_size * CONFIG.initializer_range**2
     for part in ("loss/main", "loss/mtp"):
         assert abs(losses[part] - math.log(CONFIG.vocab_size) - variance / 2) < 0.05, part
-    # Perfect balance gives 1 per learned layer: the last one and the MTP's.
-    assert 2 <= losses["loss/balance"] < 2.2
+    # Perfect balance gives 1 per learned layer, all tokens to the same experts num_experts / num_experts_per_tok = 4.
+    assert 1.9 < losses["loss/balance"] < 2.5  # two learned layers: the last one and the MTP's
 
 
 def test_every_trained_weight_has_a_finite_gradient_that_is_not_zero():

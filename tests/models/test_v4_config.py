@@ -325,7 +325,7 @@ def test_contradictions_and_unknowns_are_refused(config, messages):
     [
         ({"num_heads": 6, "o_groups": 4}, "num_heads 6 .* o_groups 4"),
         ({"rope_head_dim": 15}, "rope_head_dim 15"),
-        ({"rope_head_dim": 80}, "rope_head_dim 80 is more than head_dim 64"),
+        ({"rope_head_dim": 96}, "rope_head_dim 96 is more than head_dim 80"),
         ({"index_head_dim": 8}, "rope_head_dim 16 is more than index_head_dim 8"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than num_experts 8"),
         ({"router_kinds": ("hash",) * 5}, "router_kinds has 5 .* 6"),
