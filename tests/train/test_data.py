@@ -256,7 +256,7 @@ def test_resuming_at_every_step_gives_the_uninterrupted_stream(folder, monkeypat
         for i in range(after):
             assert resumed.get_state() == states[k + i], (k, i)
             assert batch_hash(next(resumed)) == expected[k + i], (k, i)
-    if packing == "concat_split" and not shuffle_rows:  # both kinds of state were among them: nothing left over, a piece
+    if packing == "concat_split" and not shuffle_rows:  # both kinds of state occurred: nothing left over, a piece
         slices = [state["iterator"]["remainder_slices"]["tokens"] for state in states[:steps]]
         assert [-1, -1] in slices and any(pair != [-1, -1] for pair in slices)
 
