@@ -145,7 +145,7 @@ def test_all_problems_are_listed_at_once(tmp_path, tensors):
         fathom.load(tmp_path)
     for text in (
         "layers.3.ffn.experts.7.w2.weight: missing, expected shape [128, 96]",
-        "layers.0.attn.wq_b.weight: found shape [64, 256], expected [256, 64]",
+        "layers.0.attn.wq_b.weight: found shape [64, 320], expected [320, 64]",
         "layers.9.attn.wq_b.weight: left over",
         "layers.0.attn.wkv.scale: left over",
         "layers.1.ffn.gate.tid2eid: found F32, expected I64 or I32",
