@@ -7,15 +7,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=${FATHOM_VENV:-.venv}
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-extras=test
-[ "$version" = 3.11 ] && extras=test,parity
-stamp="$venv/.installed-$extras-$(cksum pyproject.toml | cut -d' ' -f1)"
+stamp="$venv/.installed-$(cksum pyproject.toml | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
-    echo "Installing the test environment into $venv ($extras) ..."
+    echo "Installing the test environment into $venv ..."
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --upgrade pip
-    "$venv/bin/python" -m pip install --quiet -e ".[$extras]"
+    "$venv/bin/python" -m pip install --quiet -e ".[test]"
     touch "$stamp"
 fi
 "$venv/bin/ruff" check --quiet .
