@@ -25,7 +25,8 @@ def inspect_path(path: str | os.PathLike[str]) -> Report:
         raise ArgumentProblem(f"{path}: no such file or folder")
     if is_hub_path(path):
         return inspect_hub(path)
-    from fathom.train.checkpoint import CheckpointError, find_step, read_payload, step_folders
+    from fathom.train.checkpoint_format import CheckpointError, read_payload, step_folders
+    from fathom.train.checkpoint_model import find_step
 
     folder = find_step(path)
     candidates = [folder] if folder is not None else []

@@ -88,10 +88,10 @@ def load(
         raise ValueError(f"{path}: found a file, expected the folder it lies in")
     if is_hub_folder(path):
         return _load_hub(path, mesh, options)
-    from fathom.train import checkpoint
+    from fathom.train.checkpoint_model import load_model
 
     # The caller names the dtype here, so converting to it is asked for; it is logged.
-    return checkpoint.load_model(path, mesh, options, allow_cast=True)
+    return load_model(path, mesh, options, allow_cast=True)
 
 
 def is_hub_folder(path: str | Path) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fathom.recipe import Recipe
 from fathom.train import loop
-from fathom.train.checkpoint import read_payload
+from fathom.train.checkpoint_format import read_payload
 from fathom.train.metrics import read_metrics
 from fathom.zoo import ModelSpec
 

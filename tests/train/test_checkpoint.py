@@ -22,17 +22,14 @@ from fathom.layers.options import ComputeOptions
 from fathom.mesh import make_mesh
 from fathom.recipe import Recipe
 from fathom.train import checkpoint as checkpoint_module
-from fathom.train.checkpoint import (
+from fathom.train.checkpoint import Checkpoints
+from fathom.train.checkpoint_format import (
     CheckpointError,
-    Checkpoints,
     DamagedCheckpointError,
-    config_differences,
-    describe_run,
-    find_step,
-    load_model,
     read_payload,
 )
-from fathom.train.manifest import checksums
+from fathom.train.checkpoint_model import find_step, load_model
+from fathom.train.manifest import checksums, config_differences, describe_run
 from fathom.train.state import named_leaves
 from fathom.train.step import init_state, make_program
 from tests.train.toy_model import TOY, ToyConfig
@@ -309,7 +306,7 @@ def test_another_dtype_is_refused(tmp_path, made):
 
 def test_the_check_refuses_before_arrays_are_read(tmp_path, made, monkeypatch):
     save_steps(tmp_path, made, [1])
-    monkeypatch.setattr(checkpoint_module, "_load_items", lambda *a: pytest.fail("arrays were read"))
+    monkeypatch.setattr(checkpoint_module, "load_items", lambda *a: pytest.fail("arrays were read"))
 
     def check(payload):
         raise CheckpointError(f"not this one: {payload['model']['name']}")

@@ -15,7 +15,8 @@ import fathom
 from fathom import zoo
 from fathom.recipe import load_recipe
 from fathom.train import data, loop
-from fathom.train.checkpoint import CheckpointError, load_model
+from fathom.train.checkpoint_format import CheckpointError
+from fathom.train.checkpoint_model import load_model
 from fathom.train.loop import NonFiniteError, train
 from fathom.train.metrics import read_metrics
 from tests.train import runs, toy_model

@@ -15,15 +15,12 @@ import numpy as np
 
 from fathom.mesh import make_mesh, sharding_scope
 from fathom.recipe import Recipe, compare_for_resume
-from fathom.train.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    config_differences,
-    describe_run,
-)
-from fathom.train.data import batch_hash, make_loader
-from fathom.train.metrics import MetricWriter, make_progress, plot_loss
-from fathom.train.report import NonFiniteError, StepReader
+from fathom.train.checkpoint import Checkpoints
+from fathom.train.checkpoint_format import CheckpointError
+from fathom.train.data import Loader, batch_hash, make_loader
+from fathom.train.manifest import config_differences, describe_run
+from fathom.train.metrics import plot_loss
+from fathom.train.report import NonFiniteError, RunReport
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
 from fathom.train.stopping import StopSignal
@@ -64,10 +61,9 @@ def train(recipe: Recipe) -> TrainResult:
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
-    is_main = jax.process_index() == 0
     checkpoints = open_checkpoints(recipe)
-    vocab_size = spec.config.vocab_size
-    loader = open_loader(recipe, vocab_size)
+    loader = open_loader(recipe, spec.config.vocab_size)
+    holdout = open_loader(recipe, spec.config.vocab_size, "holdout") if recipe.train.eval_every else None
     program = make_program(recipe, mesh)
     description = describe_run(recipe.to_dict(), spec, mesh, loader.fingerprint)
 
@@ -76,66 +72,30 @@ def train(recipe: Recipe) -> TrainResult:
         StopSignal(mesh, recipe.train.max_runtime) as stop,
         checkpoints,
     ):
-        state, start, loader_state = restore_or_init(recipe, program, checkpoints, description)
-        if loader_state is not None:
-            loader.set_state(loader_state)
-        if loader.step != start:
-            raise CheckpointError(
-                f"{checkpoints.directory}/{start}: its data iterator is at step {loader.step}, its model at "
-                f"step {start}; remove that folder to use the one before it"
-            )
-        holdout = open_loader(recipe, vocab_size, "holdout") if recipe.train.eval_every else None
-        steps, every = recipe.train.steps, recipe.checkpoint.every
-        progress = make_progress(steps, start, every=recipe.train.log_every, enabled=is_main)
-        progress.message(_headline(recipe, program, start))
-        metrics_block = recipe.metrics
-        writer = MetricWriter(
-            recipe.run_dir,
-            metrics_block.tensorboard,
-            metrics_block.wandb,
-            enabled=is_main,
-            resume_step=start or None,
-            config=recipe.to_dict(),
-        )
-        if is_main:
-            (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-
-        def emit(step: int, values: Mapping[str, Any]) -> None:
-            writer.write(step, values)
-            progress.update(step, values)
-
-        flops = spec.flops_per_token(spec.config, recipe.data.sequence_length)
-        reader = StepReader(
-            emit, flops_per_token=flops, skip_nonfinite=recipe.train.skip_nonfinite
-        )
+        state, start = restore_or_init(recipe, program, checkpoints, description, loader)
         done, stopping = start, False
-        last = min(steps, recipe.train.stop_at or steps)
-        try:
+        last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
+        with RunReport(recipe, _headline(recipe, program, start), start) as report:
             for done in range(start + 1, last + 1):
                 batch = next_batch(loader, done)
                 state, metrics = program.step(state, to_devices(batch, program, recipe))
-                reader.push(done, metrics, batch_hash(batch))
+                report.push(done, metrics, batch_hash(batch))
                 checkpoints.poll()
                 stopping = stop.requested()
                 if holdout is not None and done % recipe.train.eval_every == 0:
-                    reader.flush()
-                    writer.write(done, evaluate(recipe, program, state, holdout))
-                    reader.restart_clock()
-                if done % every == 0 or done == last or stopping:
-                    reader.flush()  # raises rather than save after a bad step
+                    report.evaluation(done, evaluate(recipe, program, state, holdout))
+                if done % recipe.checkpoint.every == 0 or done == last or stopping:
+                    report.flush()  # raises rather than save after a bad step
                     checkpoints.save(state, loader.get_state(), description)
-                    reader.restart_clock()
+                    report.restart_clock()
                 if stopping:
                     break
-        finally:
-            writer.close()
-            progress.close()
 
     # Leaving the context above waited for the last save.
-    if is_main and done > start:
+    if jax.process_index() == 0 and done > start:
         plot_loss(recipe.run_dir)
-    preempted = stopping and done < steps
-    return TrainResult(done, reader.last, str(checkpoints.directory), preempted)
+    preempted = stopping and done < recipe.train.steps
+    return TrainResult(done, report.last, str(checkpoints.directory), preempted)
 
 
 def open_checkpoints(recipe: Recipe) -> Checkpoints:
@@ -156,7 +116,7 @@ def open_checkpoints(recipe: Recipe) -> Checkpoints:
     return checkpoints
 
 
-def open_loader(recipe: Recipe, vocab_size: int, split: str = "train") -> Any:
+def open_loader(recipe: Recipe, vocab_size: int, split: str = "train") -> Loader:
     """The batches of this process."""
     return make_loader(
         recipe.data,
@@ -167,7 +127,7 @@ def open_loader(recipe: Recipe, vocab_size: int, split: str = "train") -> Any:
     )
 
 
-def next_batch(loader: Any, step: int) -> dict[str, np.ndarray]:
+def next_batch(loader: Loader, step: int) -> dict[str, np.ndarray]:
     """The next batch; ValueError, naming the step, when there is none."""
     try:
         return next(loader)
@@ -186,9 +146,17 @@ def to_devices(batch: Mapping[str, Any], program: Program, recipe: Recipe) -> di
 
 
 def restore_or_init(
-    recipe: Recipe, program: Program, checkpoints: Checkpoints, description: Mapping[str, Any]
-) -> tuple[TrainState, int, Any]:
-    """(state, steps done, data iterator state or None), from the newest sound checkpoint or fresh."""
+    recipe: Recipe,
+    program: Program,
+    checkpoints: Checkpoints,
+    description: Mapping[str, Any],
+    loader: Loader,
+) -> tuple[TrainState, int]:
+    """(state, steps done), from the newest sound checkpoint or fresh; puts the loader at that step.
+
+    Raises:
+      CheckpointError: when the checkpoint is of another run, or its parts are of different steps.
+    """
 
     def check(payload: dict[str, Any]) -> None:
         problems = compare_for_resume(payload["recipe"], recipe)
@@ -208,12 +176,19 @@ def restore_or_init(
 
     restored = checkpoints.restore(program.state, check)
     if restored is None:
-        return init_state(program, recipe.train.seed), 0, None
-    return restored.state, int(restored.state.step), restored.data_state
+        return init_state(program, recipe.train.seed), 0
+    loader.set_state(restored.data_state)
+    step = int(restored.state.step)
+    if loader.step != step:
+        raise CheckpointError(
+            f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step}, its model at "
+            f"step {step}; remove that folder to use the one before it"
+        )
+    return restored.state, step
 
 
 def evaluate(
-    recipe: Recipe, program: Program, state: TrainState, loader: Any
+    recipe: Recipe, program: Program, state: TrainState, loader: Loader
 ) -> dict[str, float]:
     """Mean losses over the first EVAL_BATCHES batches of held-out documents; names begin with
     "eval/".

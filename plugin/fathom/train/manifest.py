@@ -1,5 +1,6 @@
-"""Checksums of array trees that do not depend on how the arrays are laid out over devices.
+"""What a checkpoint says of its run: recipe, model, versions, and a checksum of every array.
 
+Checksums do not depend on how the arrays are laid out over devices.
 Each element's bits, as uint32, are multiplied by an odd weight made from its linear index, and all
 products are added modulo 2^32. Addition is associative there, so any mesh gives the same sum. A
 change of one element always changes the sum (its difference times an odd number is not 0); any
@@ -8,13 +9,22 @@ other damage escapes with probability about 2^-32 per leaf.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fathom.train.state import named_leaves
+from fathom.zoo import ModelSpec
+
+VERSIONED = ("fathom-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def describe_leaves(tree: Any) -> dict[str, dict[str, Any]]:
@@ -63,3 +73,43 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers of a run."""
+    found = {"python": platform.python_version(), "platform": jax.default_backend()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_run(recipe: Mapping[str, Any], spec: ModelSpec, mesh: Mesh, data: Any) -> dict[str, Any]:
+    """What a checkpoint says of its run: resolved recipe, model, mesh, versions, data fingerprint."""
+    description = {
+        "recipe": dict(recipe),
+        "model": {
+            "name": spec.name,
+            "config": dataclasses.asdict(spec.config),
+            "num_params": spec.num_params(spec.config)._asdict(),
+        },
+        "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "data_fingerprint": data,
+    }
+    return json.loads(json.dumps(description, allow_nan=False))
+
+
+def config_differences(payload: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+    """Architecture fields in which the checkpoint's model and `spec` differ, one text each."""
+    old, new = payload["model"], json.loads(json.dumps(dataclasses.asdict(spec.config)))
+    if old["name"] != spec.name:
+        return [f"model.name: {old['name']!r} in the checkpoint, {spec.name!r} in the recipe"]
+    return [
+        f"model.config.{key}: {old['config'].get(key)!r} in the checkpoint, {new.get(key)!r} in the recipe"
+        for key in sorted(old["config"].keys() | new.keys())
+        if old["config"].get(key) != new.get(key)
+    ]

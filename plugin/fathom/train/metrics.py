@@ -377,8 +377,9 @@ def _duration(seconds: float) -> str:
 def plot_loss(run_dir: str | os.PathLike[str]) -> Path:
     """Draws the loss and its parts against the step into <run_dir>/loss.png.
 
-    Curves are the metrics named "loss", "loss/..." and "eval/loss...". Parts far below the loss (a
-    balance loss is a thousandth of it) get a panel of their own with a logarithmic scale.
+    Curves are the metrics named "loss", "loss/..." and "eval/loss...". Balance losses (no nats: 1 per
+    layer is perfect) and parts far below the loss get a panel of their own, logarithmic where they span
+    orders of magnitude.
 
     Returns:
       The picture's path.
@@ -393,17 +394,20 @@ def plot_loss(run_dir: str | os.PathLike[str]) -> Path:
     from matplotlib.figure import Figure
 
     scale = max(float(np.median(values)) for _, values in curves.values())
-    small = {n: c for n, c in curves.items() if float(np.median(c[1])) < scale / 20}
-    large = {n: c for n, c in curves.items() if n not in small}
-    rows = 2 if small else 1
+    apart = {
+        n: c for n, c in curves.items() if n.endswith("/balance") or float(np.median(c[1])) < scale / 20
+    }
+    large = {n: c for n, c in curves.items() if n not in apart}
+    rows = 2 if apart else 1
     figure = Figure(figsize=(8, 4.5 if rows == 1 else 6.5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     ratios = [3, 1][:rows]
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     _draw(axes[0], large, "loss")
-    if small:
-        _draw(axes[1], small, "small parts")
-        if all((values > 0).all() for _, values in small.values()):
+    if apart:
+        _draw(axes[1], apart, "other parts")
+        values = np.concatenate([values for _, values in apart.values()])
+        if values.min() > 0 and values.max() / values.min() > 20:
             axes[1].set_yscale("log")
     axes[0].set_title(Path(run_dir).resolve().name)
     axes[-1].set_xlabel("step")

@@ -1,4 +1,4 @@
-"""Reads the metrics of each step one step late, so that logging never holds up the devices."""
+"""What a run tells of itself; metrics are read one step late, so that logging never holds up the devices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from fathom.recipe import Recipe
+from fathom.train.metrics import MetricWriter, make_progress
 
 
 class NonFiniteError(RuntimeError):
@@ -81,3 +84,61 @@ class StepReader:
         """Keeps time spent elsewhere (saving, evaluation) out of the next step's throughput."""
         if self._clock is not None:
             self._clock = time.perf_counter()
+
+
+class RunReport:
+    """The metric files, the progress display and the recipe as run; a context that closes them.
+
+    Args:
+      recipe: of the run. headline: shown first. start: steps done before, 0 for a new run.
+
+    Attributes:
+      last: metrics of the newest step that was read.
+    """
+
+    def __init__(self, recipe: Recipe, headline: str, start: int):
+        is_main = jax.process_index() == 0
+        spec = recipe.model_spec()
+        self._progress = make_progress(
+            recipe.train.steps, start, every=recipe.train.log_every, enabled=is_main
+        )
+        self._progress.message(headline)
+        self._writer = MetricWriter(
+            recipe.run_dir,
+            recipe.metrics.tensorboard,
+            recipe.metrics.wandb,
+            enabled=is_main,
+            resume_step=start or None,
+            config=recipe.to_dict(),
+        )
+        if is_main:
+            (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        self._reader = StepReader(
+            self._emit,
+            flops_per_token=spec.flops_per_token(spec.config, recipe.data.sequence_length),
+            skip_nonfinite=recipe.train.skip_nonfinite,
+        )
+        self.push, self.flush = self._reader.push, self._reader.flush
+        self.restart_clock = self._reader.restart_clock
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self._reader.last
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Takes the results of an evaluation after `step`."""
+        self.flush()
+        self._writer.write(step, values)
+        self._progress.message(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.restart_clock()
+
+    def _emit(self, step: int, values: Mapping[str, Any]) -> None:
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+    def __enter__(self) -> RunReport:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._writer.close()
+        self._progress.close()
