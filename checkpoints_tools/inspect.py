@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -156,7 +155,7 @@ def inspect_hub(path: str | os.PathLike[str]) -> Report:
     if spec is not None:
         report.model = _model_name(config)
         report.config = json.loads(json.dumps(dataclasses.asdict(config)))
-    pieces = _spelling_of(spec)
+    pieces = spec.hub_pieces if spec is not None else None
     places: dict[str, tuple[TensorInfo, tuple[int, ...]]] = {}
     for name, info in tensors.items():
         native = _native(name, info, pieces, report.problems)
@@ -208,7 +207,9 @@ def _read_config(path: Path, report: Report) -> tuple[zoo.ModelSpec | None, Any]
             report.problems.append(f"{CONFIG_NAME} is missing: the model is unknown")
         return None, None
     errors: list[str] = []
-    for spec in map(zoo.get, zoo.names()):
+    specs, broken = zoo.all_specs()
+    report.notes += broken
+    for spec in specs.values():
         if spec.config_from_hf is None:
             continue
         try:
@@ -227,23 +228,12 @@ def _model_name(config: Any) -> str:
         # How a file stores its experts does not make it another model.
         return {k: v for k, v in dataclasses.asdict(value).items() if k != "expert_dtype"}
 
-    for name in zoo.names():
-        known = zoo.get(name).config
-        if type(known) is type(config) and core(known) == core(config):
+    for name, spec in zoo.all_specs()[0].items():
+        if type(spec.config) is type(config) and core(spec.config) == core(config):
             return name
     family = type(config).__name__.removesuffix("Config")
     layers = getattr(config, "num_layers", None)
     return f"{family}, {layers} layers (a size of its own)" if layers else family
-
-
-def _spelling_of(spec: zoo.ModelSpec | None) -> Callable[..., list] | None:
-    """`native_pieces` of the module that holds the model's Hub table, where it has one.
-
-    It maps (name, shape) in any spelling to [(native name, index)].
-    """
-    if spec is None or spec.hub_tensors is None:
-        return None
-    return getattr(sys.modules[spec.hub_tensors.__module__], "native_pieces", None)
 
 
 def _native(

@@ -1,4 +1,4 @@
-"""Safetensors files and sharded folders: a memory-mapped, typed reader and a writer, without
+"""Safetensors files and sharded folders: a memory-mapped, typed reader, without
 PyTorch.
 
 The reader refuses every malformed file that the reference implementation refuses, and names that
@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 """Dtype as spelled in the file -> numpy dtype. F4 holds two elements a byte, the even one in the
 low bits."""
-_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 class SafetensorsError(ValueError):
@@ -198,6 +198,49 @@ class SafetensorsFile:
         return raw.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
+    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """A part of a tensor, read into memory of its own: large files then leave no mapped pages behind.
+
+        Args:
+          name: of the tensor. index: integers, then slices, of its leading dimensions. Only the bytes of the
+            leading run are read, the rest of the index picks from them.
+
+        Returns:
+          The array; of F4 tensors the packed bytes, uint8 [..., columns / 2].
+
+        Raises:
+          KeyError: when there is no tensor of that name. SafetensorsError: when the file was cut off since.
+        """
+        if name not in self.tensors:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        info = self.tensors[name]
+        dtype, shape = NUMPY_DTYPES[info.dtype], info.shape
+        if info.dtype == "F4":
+            dtype, shape = np.dtype(np.uint8), (*shape[:-1], shape[-1] // 2)
+        offset, rest = 0, list(index)
+        while rest and isinstance(rest[0], int):
+            offset += rest.pop(0) * math.prod(shape[1:])
+            shape = shape[1:]
+        if rest and shape:
+            start, stop, _ = rest.pop(0).indices(shape[0])
+            offset += start * math.prod(shape[1:])
+            shape = (stop - start, *shape[1:])
+            rest.insert(0, slice(None))
+        count = math.prod(shape)
+        out = np.empty(count * dtype.itemsize, np.uint8)
+        self._read_into(memoryview(out), self._data_start + info.begin + offset * dtype.itemsize)
+        return out.view(dtype).reshape(shape)[tuple(rest)]
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while len(buffer):
+                count = file.readinto(buffer)
+                if not count:
+                    raise self._error(f"ends at byte {offset}, expected {len(buffer)} more; was it changed?")
+                buffer, offset = buffer[count:], offset + count
+
+
 def check_name(name: str, where: str) -> None:
     """Refuses tensor and shard names that could leave their folder when used as a path."""
     parts = name.replace("\\", "/").split("/")
@@ -210,11 +253,6 @@ def check_name(name: str, where: str) -> None:
 def _unpack_f4(raw: np.ndarray) -> np.ndarray:
     codes = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)
     return codes.view(ml_dtypes.float4_e2m1fn)
-
-
-def _pack_f4(values: np.ndarray) -> np.ndarray:
-    codes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, 2)
-    return (codes[:, 0] & 0xF) | (codes[:, 1] << 4)
 
 
 class SafetensorsCheckpoint:
@@ -320,96 +358,12 @@ class SafetensorsCheckpoint:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         return self._file_of[name].read(name)
 
+    def fetch(self, name: str, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """A part of a tensor in memory of its own, as `SafetensorsFile.fetch`."""
+        if name not in self._file_of:
+            raise KeyError(f"{self.path}: no tensor {name!r}")
+        return self._file_of[name].fetch(name, index)
+
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self._file_of[name].path
-
-
-def write_file(
-    path: str | os.PathLike,
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes one safetensors file: to a temporary name beside it, synced, then renamed.
-
-    Tensors lie in the reference implementation's order: widest elements first, then by name.
-
-    Raises:
-      SafetensorsError: for a name or a dtype that the format does not have.
-    """
-    path = Path(path)
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    end = 0
-    for name in order:
-        check_name(name, str(path))
-        array = arrays[name]
-        if array.dtype not in _NAMES:
-            raise SafetensorsError(
-                f"{path}: tensor {name!r} has dtype {array.dtype}, expected one of "
-                f"{', '.join(map(str, _NAMES))}"
-            )
-        dtype = _NAMES[array.dtype]
-        bits = array.size * bits_per_element(dtype)
-        if bits % 8:
-            raise SafetensorsError(
-                f"{path}: tensor {name!r} of shape {array.shape}: FP4 needs an even element count"
-            )
-        begin, end = end, end + bits // 8
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in order:
-                array = arrays[name]
-                packed = _pack_f4(array) if _NAMES[array.dtype] == "F4" else array
-                file.write(np.ascontiguousarray(packed).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_folder(
-    folder: str | os.PathLike,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    config: Mapping[str, Any] | None = None,
-    max_shard_bytes: int | None = None,
-) -> None:
-    """Writes a Hub-format folder: one file, or shards with an index when they exceed
-    `max_shard_bytes`.
-
-    Args:
-      folder: made when it does not exist.
-      config: written as `config.json`.
-      max_shard_bytes: a shard closes before the tensor that would take it past this size.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
-    for name, array in tensors.items():
-        array = np.asarray(array)
-        if max_shard_bytes is not None and shards[-1] and size + array.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = array
-        size, total = size + array.nbytes, total + array.nbytes
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-    if len(shards) == 1:
-        write_file(folder / SINGLE_NAME, shards[0], {"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", "utf-8")

@@ -15,6 +15,7 @@ ALLOWED = {
     "fathom.ops": ("fathom.ops",),
     "fathom.mesh": (),
     "fathom.hub": (),
+    "fathom.step_folder": (),
     "fathom.zoo": ("fathom.mesh",),
     "fathom.layers": ("fathom.layers", "fathom.ops", "fathom.mesh"),
     "fathom.models": (
@@ -27,13 +28,23 @@ ALLOWED = {
     ),
     "fathom.train": (
         "fathom.train",
+        "fathom.hub",
         "fathom.zoo",
         "fathom.mesh",
         "fathom.layers",
         "fathom.recipe",
         "fathom.recipe_checks",
+        "fathom.step_folder",
     ),
-    "checkpoints_tools": ("checkpoints_tools", "fathom.zoo", "fathom.hub", "fathom.mesh"),
+    "checkpoints_tools": (
+        "checkpoints_tools",
+        "fathom.zoo",
+        "fathom.hub",
+        "fathom.mesh",
+        "fathom.step_folder",
+        "fathom.recipe_checks",
+        "fathom.layers.options",
+    ),
 }
 
 

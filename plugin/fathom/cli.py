@@ -1,4 +1,4 @@
-"""The command line: fathom train | logits | inspect | doctor.
+"""The command line: fathom train | convert | logits | inspect | doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
 save. jax and the rest are imported by the command that needs them: `--help` answers at once.
@@ -12,11 +12,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from fathom import cli_convert
+from fathom.cli_problem import ArgumentProblem
+
 DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
-
-
-class ArgumentProblem(ValueError):
-    """An argument that cannot be used; exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,9 +105,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="weights and computation"
     )
 
+    sub = command("convert", "convert between Hub folders and Fathom checkpoints, exactly", run_convert)
+    cli_convert.add_arguments(sub)
+
     sub = command("inspect", "say what a checkpoint is and what is wrong with it", run_inspect)
     sub.add_argument("path", metavar="PATH", help="a file or folder of the Hub's, or a Fathom run")
     sub.add_argument("--json", metavar="F", help="also write the report to this file")
+    sub.add_argument(
+        "--verify", action="store_true", help="also recompute the checksums a conversion left (reads everything)"
+    )
 
     command("doctor", "check versions and devices, and say what to do", run_doctor)
     return parser
@@ -153,11 +158,17 @@ def run_logits(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def run_convert(arguments: argparse.Namespace) -> int:
+    """fathom convert."""
+    print(cli_convert.run_convert(arguments))
+    return DONE
+
+
 def run_inspect(arguments: argparse.Namespace) -> int:
     """fathom inspect: exit code 1 when the checkpoint has problems."""
     from fathom.cli_inspect import inspect_path
 
-    report = inspect_path(arguments.path)
+    report = inspect_path(arguments.path, verify=arguments.verify)
     print(report.to_text())
     if arguments.json:
         report.write_json(arguments.json)

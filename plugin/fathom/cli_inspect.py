@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.inspect import Report, inspect_hub, inspect_step, is_hub_path
+from checkpoints_tools.journal import WORK_FOLDER
 from fathom import zoo
-from fathom.cli import ArgumentProblem
+from fathom.cli_problem import ArgumentProblem
 from fathom.recipe_checks import Problem, apply_config
 from fathom.zoo import ModelSpec
 
 
-def inspect_path(path: str | os.PathLike[str]) -> Report:
+def inspect_path(path: str | os.PathLike[str], *, verify: bool = False) -> Report:
     """The report on a Hub file or folder, or on a Fathom run, checkpoints folder or step.
 
     Raises:
@@ -23,10 +24,31 @@ def inspect_path(path: str | os.PathLike[str]) -> Report:
     path = Path(path)
     if not path.exists():
         raise ArgumentProblem(f"{path}: no such file or folder")
+    report = _report(path)
+    if verify:
+        _verify(path, report)
+    return report
+
+
+def _verify(path: Path, report: Report) -> None:
+    """Adds what the checksums say to the report."""
+    from checkpoints_tools.verify import has_manifest, verify
+
+    if not has_manifest(path):
+        raise ArgumentProblem(f"{path}: has no manifest; only the destination of a conversion can be verified")
+    problems = verify(path)
+    report.problems += problems
+    report.details["verified"] = f"{len(problems)} blocks differ" if problems else "every block as it was written"
+
+
+def _report(path: Path) -> Report:
+    if (path / WORK_FOLDER).is_dir():
+        return Report(
+            str(path), "unfinished conversion", problems=["run the same conversion again to finish it"]
+        )
     if is_hub_path(path):
         return inspect_hub(path)
-    from fathom.train.checkpoint_format import CheckpointError, read_payload, step_folders
-    from fathom.train.checkpoint_model import find_step
+    from fathom.step_folder import CheckpointError, find_step, read_payload, step_folders
 
     folder = find_step(path)
     candidates = [folder] if folder is not None else []

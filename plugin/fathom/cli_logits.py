@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fathom.cli import ArgumentProblem
+from fathom.cli_problem import ArgumentProblem
 
 
 def read_token_ids(path: str | os.PathLike[str]) -> np.ndarray:

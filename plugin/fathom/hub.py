@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -40,6 +41,35 @@ class Layout:
         if ours.shape != self.our_shape:
             raise ValueError(f"array of shape {ours.shape}, expected {self.our_shape}")
         return ours.transpose(np.argsort(self.order)).reshape(shape)
+
+    def hub_window(
+        self, shape: tuple[int, ...], region: tuple[slice, ...]
+    ) -> tuple[tuple[slice, ...], Layout, tuple[slice, ...]]:
+        """What to read of a Hub array for a region of ours.
+
+        Args:
+          shape: the Hub's. region: one slice with start and stop for each dimension of ours.
+
+        Returns:
+          (slices of the Hub array, the layout of that part, slices of the part in our order): the
+          part is contiguous along every Hub dimension, at most the region's bounding box.
+        """
+        wanted = [region[self.order.index(axis)] for axis in range(len(self.view))]
+        outer, view, inner = [], list(self.view), list(wanted)
+        axis = 0
+        for size in shape:
+            group, product = [], 1
+            while axis < len(view) and (product < size or not group):
+                group.append(axis)
+                product *= view[axis]
+                axis += 1
+            # Only the slowest dimension of a group cuts the Hub's into one run.
+            first, stride = group[0], math.prod(view[i] for i in group[1:])
+            outer.append(slice(wanted[first].start * stride, wanted[first].stop * stride))
+            view[first] = wanted[first].stop - wanted[first].start
+            inner[first] = slice(0, view[first])
+        part = Layout(tuple(view), self.order)
+        return tuple(outer), part, tuple(inner[axis] for axis in self.order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,3 +174,29 @@ class HubTensor:
             scale = (rows, columns // FP4_BLOCK)
             weight = StoredTensor(self.name, "I8", (rows, columns // 2), count // 2)
         return (weight, StoredTensor(self.scale_name, "F8_E8M0", scale, math.prod(scale)))
+
+
+def group_by_path(table: Iterable[HubTensor]) -> dict[tuple, dict[tuple[int, ...], HubTensor]]:
+    """Parameter path -> leading index -> tensor."""
+    grouped: dict[tuple, dict[tuple[int, ...], HubTensor]] = {}
+    for tensor in table:
+        grouped.setdefault(tensor.path, {})[tensor.index] = tensor
+    return grouped
+
+
+def stacked_shape(
+    name: str, parts: Mapping[tuple[int, ...], HubTensor]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(leading dimensions, whole shape) of the parameter that some Hub tensors make.
+
+    Raises:
+      ValueError: naming the parameter, when an index is missing or the tensors differ in shape.
+    """
+    first = next(iter(parts.values()))
+    lead = tuple(max(index[axis] for index in parts) + 1 for axis in range(len(first.index)))
+    shapes = {tensor.our_shape for tensor in parts.values()}
+    if len(parts) != math.prod(lead) or len(shapes) != 1:
+        raise ValueError(
+            f"parameter {name}: {len(parts)} Hub tensors of shapes {sorted(shapes)} do not fill {lead}"
+        )
+    return lead, lead + first.our_shape

@@ -158,6 +158,20 @@ def axis_size(logical: str | None) -> int:
     return math.prod(sizes.get(axis, 1) for axis in mesh_axes(logical))
 
 
+def split_axes(logical: str) -> tuple[str, ...]:
+    """The mesh axes larger than 1 that the active rules split a logical axis over."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return tuple(axis for axis in mesh_axes(logical) if sizes.get(axis, 1) > 1)
+
+
+def vary(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Inside a shard_map: the array typed as different along mesh axes on which it is equal.
+
+    The transpose sums: the gradient is that of all devices along the axes.
+    """
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
+
+
 def partition_spec(
     logical_axes: Sequence[str | None], rules: Rules | None = None, name: str = "array"
 ) -> PartitionSpec:

@@ -6,15 +6,25 @@ Values come from, in rising order of precedence: the defaults below, the recipe 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sysconfig
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fathom.layers.options import (
     ATTENTION_IMPLEMENTATIONS,
@@ -52,18 +62,34 @@ PATTERNS = {
 
 
 class Block(BaseModel):
-    """A part of a recipe: frozen, unknown keys refused, NaN and infinity refused."""
+    """A part of a recipe: frozen; unknown keys, values of another type, NaN and infinity are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Lists for tuples, and numbers in text: PyYAML reads 3e-4 as text, and templates quote."""
+        hint = cls.model_fields[info.field_name].annotation
+        kinds = [typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))]
+        if isinstance(value, list) and tuple in kinds:
+            return tuple(value)
+        for kind in (int, float):
+            if isinstance(value, str) and kind in kinds:
+                with contextlib.suppress(ValueError):
+                    return kind(value)
+        return value
 
 
 class ModelBlock(Block):
     """Which model, at which size, and how it computes (see `fathom.layers.options.ComputeOptions`).
 
-    `config` overrides fields of the model's architecture dataclass.
+    `config` overrides fields of the model's architecture dataclass. `init` is a Fathom checkpoint (a converted one,
+    or a run's) that a new run takes its weights from; a run that resumes does not look at it.
     """
 
     name: str
+    init: str | None = Field(None, min_length=1)
     config: dict[str, Any] = {}
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -82,8 +108,10 @@ class ModelBlock(Block):
 class DataBlock(Block):
     """Where text comes from and how it becomes rows.
 
-    `path` is a file or a folder ("stdlib:" is the running Python's standard library); in a folder,
-    files that match the glob `pattern` are read, except below folders named in `exclude`.
+    The key `path` is a file or a folder ("stdlib:" is the running Python's standard library); in a
+    folder, files that match the glob `pattern` are read, except below folders named in `exclude`.
+    `location` is that key as written, which is what recipes and checkpoints store; the property `path`
+    is where it lies on this machine.
     `batch_size` counts rows per optimizer step over all processes and microbatches. `holdout` is
     the fraction of documents kept for evaluation. `max_bytes` stops reading after that much text.
     `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
@@ -91,7 +119,7 @@ class DataBlock(Block):
     """
 
     source: Literal["text", "jsonl", "parquet", "array_record"] = "text"
-    path: str = Field(min_length=1)
+    location: str = Field(alias="path", min_length=1)
     pattern: str = Field(min_length=1)
     exclude: tuple[str, ...] = ()
     field: str = "text"
@@ -119,10 +147,10 @@ class DataBlock(Block):
             values["exclude"] = STDLIB_EXCLUDE
         return values
 
-    @field_validator("path")
-    @classmethod
-    def _resolve_stdlib(cls, path: str) -> str:
-        return sysconfig.get_paths()["stdlib"] if path == STDLIB else path
+    @property
+    def path(self) -> str:
+        """The file or folder to read on this machine."""
+        return sysconfig.get_paths()["stdlib"] if self.location == STDLIB else self.location
 
 
 class OptimizerBlock(Block):
@@ -287,7 +315,7 @@ class Recipe(Block):
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON-able values; `Recipe.model_validate` reads it back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `load_recipe` reads it back."""
@@ -302,7 +330,8 @@ class Recipe(Block):
 def _readable_blocks(values: Mapping[str, Any]) -> dict[str, Any]:
     """The blocks that can be read once their wrong keys are left out, None for the others.
 
-    Cross checks then run on what there is, so that all problems are told at once.
+    Cross checks then run on what there is, so that all problems are told at once. A mesh is wholly right or not
+    looked at: with a default in place of a wrong axis its product means nothing.
     """
     blocks: dict[str, Any] = {}
     for name, field in Recipe.model_fields.items():
@@ -314,7 +343,8 @@ def _readable_blocks(values: Mapping[str, Any]) -> dict[str, Any]:
             blocks[name] = kind.model_validate(found)
         except ValidationError as error:
             wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
-            kept = {k: v for k, v in found.items() if k not in wrong} if wrong else None
+            readable = wrong and kind is not MeshBlock
+            kept = {k: v for k, v in found.items() if k not in wrong} if readable else None
             try:
                 blocks[name] = kind.model_validate(kept)
             except ValidationError:
@@ -351,9 +381,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 SAFE_TO_CHANGE = (
     "name",
+    "model.init",
     "model.attention",
     "model.query_chunk",
     "model.remat",
+    "data.path",
     "optimizer.",
     "mesh.",
     "train.steps",
@@ -370,7 +402,8 @@ SAFE_TO_CHANGE = (
     "metrics.",
 )
 """Keys (those that end in a dot: whole blocks) that a resumed run may change: none of them alters
-the shape of the state, the order of the data or what the weights mean."""
+the shape of the state, the order of the data or what the weights mean. Data may lie elsewhere: that it
+is the same is what its fingerprint in the checkpoint says."""
 
 NEVER_SAFE = ("optimizer.name",)
 """Exceptions inside the safe blocks: another optimizer has another state."""

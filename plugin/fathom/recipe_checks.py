@@ -79,8 +79,13 @@ def _block_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Key as a recipe spells it -> field."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
 def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
+    for name, field in _keys(model).items():
         block = _block_type(field.annotation)
         yield f"{prefix}{name}"
         if block is not None:
@@ -90,9 +95,9 @@ def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
     block: type[BaseModel] = model
     for part in loc[:-1]:
-        block = _block_type(block.model_fields[part].annotation)
+        block = _block_type(_keys(block)[part].annotation)
     prefix = "".join(f"{part}." for part in loc[:-1])
-    known = list(block.model_fields)
+    known = list(_keys(block))
     match = difflib.get_close_matches(str(loc[-1]), known, n=1)
     if match:
         fix = f"did you mean {prefix}{match[0]}?"
@@ -135,8 +140,23 @@ def schema_problems(
             fix = f"set {key} to a value {message}"
             if message.startswith("a "):
                 fix = f"set {key} to {message.split(',')[0]}"
-            problems.append(Problem(key, repr(value), message, fix))
+            problems.append(Problem(key, _as_read(value), message, _meant(key, kind, value) or fix))
     return problems
+
+
+def _as_read(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"{value!r} (YAML reads yes, no, on and off as booleans too)"
+    return repr(value)
+
+
+def _meant(key: str, kind: str, value: Any) -> str | None:
+    """The fix for a value of another type that can only mean one thing."""
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"set {key}={int(value)}, without a point or exponent"
+    if kind == "bool_type" and value in (0, 1):
+        return f"set {key}={'true' if value else 'false'}"
+    return None
 
 
 # --- Combinations --------------------------------------------------------------------------------
@@ -153,6 +173,7 @@ def cross_problems(blocks: Mapping[str, Any], num_devices: int | None) -> list[P
     have = {name: block for name, block in blocks.items() if block is not None}
     problems: list[Problem] = []
     problems += _mesh_problems(have, num_devices)
+    problems += _precision_problems(have)
     problems += _schedule_problems(have)
     problems += _data_problems(have)
     spec = None
@@ -186,6 +207,17 @@ def _mesh_problems(have: Mapping[str, Any], num_devices: int | None) -> Iterator
             f"{named}, which needs {needed} devices",
             f"axes whose product is {num_devices}, the number of devices",
             f"change the mesh axes; for example mesh.fsdp={num_devices} and the others 1",
+        )
+
+
+def _precision_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
+    if "model" in have and have["model"].param_dtype == "bfloat16":
+        yield Problem(
+            "model.param_dtype",
+            "'bfloat16'",
+            "'float32': the weights that the optimizer updates are the only copy, and in bfloat16 an update "
+            "below about a thousandth of a weight is rounded away (1 - 2.7e-4 is 1 again)",
+            "set model.param_dtype=float32; model.dtype=bfloat16 computes in bfloat16 all the same",
         )
 
 
@@ -387,10 +419,11 @@ def model_spec(block: Any) -> tuple[ModelSpec | None, list[Problem]]:
         spec = zoo.get(block.name)
     except ValueError as error:
         known = zoo.names()
-        fix = nearest(block.name, known) or "use one of those"
-        if block.name in known:
-            fix = "correct that entry point"
-        return None, [Problem("model.name", f"{block.name!r} ({error})", ", ".join(known), fix)]
+        expected, fix = ", ".join(known), nearest(block.name, known) or "use one of those"
+        if isinstance(error, zoo.BrokenEntryPointError):
+            expected = "an entry point that gives a ModelSpec"
+            fix = f"repair or uninstall {error.package}, or use another model"
+        return None, [Problem("model.name", f"{block.name!r} ({error})", expected, fix)]
     problems: list[Problem] = []
     config = apply_config(spec.config, block.config, "model.config", problems)
     return spec.with_config(config), problems

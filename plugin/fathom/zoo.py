@@ -45,7 +45,9 @@ class ModelSpec:
       update_state: (non-Param state, aux, bias_speed) -> new state, applied after each optimizer step; None
         leaves the state alone.
       frozen: (path of a Param, stage) -> True when the optimizer must not touch it in that stage.
-      config_from_hf, config_to_hf, hub_tensors: the Hub's config and tensor names, None where the model has none.
+      config_from_hf, config_to_hf, hub_tensors: the Hub's config and tensor table, None where the model has none.
+      hub_model_type: `model_type` of the Hub configs that `config_from_hf` reads.
+      hub_pieces: (name in any spelling, shape) -> [(native name, index of the piece)].
     """
 
     name: str
@@ -60,6 +62,8 @@ class ModelSpec:
     config_from_hf: Callable[[Mapping[str, Any]], Any] | None = None
     config_to_hf: Callable[[Any], dict[str, Any]] | None = None
     hub_tensors: Callable[[Any], list] | None = None
+    hub_model_type: str | None = None
+    hub_pieces: Callable[[str, tuple[int, ...]], list] | None = None
 
     def __post_init__(self) -> None:
         if "default" not in self.sharding_presets:
@@ -93,6 +97,21 @@ def register(spec: ModelSpec) -> ModelSpec:
     return spec
 
 
+class BrokenEntryPointError(ValueError):
+    """An installed model that cannot be had.
+
+    Attributes:
+      package: the distribution that declares the entry point.
+    """
+
+    def __init__(self, entry: metadata.EntryPoint, what: str):
+        self.package = entry.dist.name if entry.dist is not None else "an unknown package"
+        super().__init__(
+            f"model {entry.name!r}: entry point {entry.value!r} of package {self.package} {what}; "
+            f"repair, upgrade or uninstall {self.package}"
+        )
+
+
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     return {entry.name: entry for entry in metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
@@ -106,8 +125,8 @@ def get(name: str) -> ModelSpec:
     """The ModelSpec of that name.
 
     Raises:
-      ValueError: for an unknown name (with the nearest known ones), or when an entry point does not give a
-        ModelSpec.
+      ValueError: for an unknown name, with the nearest known ones.
+      BrokenEntryPointError: (a ValueError) when the entry point of that name fails, or does not give a ModelSpec.
     """
     if name in _registered:
         return _registered[name]
@@ -116,11 +135,23 @@ def get(name: str) -> ModelSpec:
         near = difflib.get_close_matches(name, names(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"unknown model {name!r}; known: {', '.join(names())}{hint}")
-    spec = entry.load()
-    spec = spec if isinstance(spec, ModelSpec) else spec()
+    try:
+        spec = entry.load()
+        spec = spec if isinstance(spec, ModelSpec) else spec()
+    except Exception as error:  # it is somebody else's code: anything may come out of it
+        raise BrokenEntryPointError(entry, f"failed with {type(error).__name__}: {error}") from error
     if not isinstance(spec, ModelSpec):
-        raise ValueError(
-            f"entry point {name!r} ({entry.value}) gave a {type(spec).__name__}, expected a ModelSpec"
-        )
+        raise BrokenEntryPointError(entry, f"gave a {type(spec).__name__}, expected a ModelSpec")
     _registered[name] = spec
     return spec
+
+
+def all_specs() -> tuple[dict[str, ModelSpec], list[str]]:
+    """Name -> ModelSpec of every model that can be had, sorted by name, and why the others cannot, one text each."""
+    specs, broken = {}, []
+    for name in names():
+        try:
+            specs[name] = get(name)
+        except BrokenEntryPointError as error:
+            broken.append(str(error))
+    return specs, broken

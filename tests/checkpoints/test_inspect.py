@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import zlib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from checkpoints_tools.inspect import group_of, inspect_hub, is_hub_path
-from checkpoints_tools.safetensors_io import SafetensorsCheckpoint, write_file, write_folder
+from checkpoints_tools.safetensors_io import SafetensorsCheckpoint
+from checkpoints_tools.safetensors_writer import write_file, write_folder
 from fathom import zoo
 from fathom.cli import ArgumentProblem
 from fathom.cli_inspect import inspect_path
@@ -165,6 +167,17 @@ def test_damaged_files_and_pickles(tmp_path, golden):
     assert "pytorch_model.bin: pickled" in problems and "cut off" in problems
     (folder / "config.json").unlink()
     assert any("config.json is missing" in p for p in inspect_hub(folder).problems)
+
+
+def test_a_broken_package_is_a_note_and_no_obstacle(monkeypatch):
+    entry = EntryPoint("a-broken-one", "no_such_module:make", zoo.ENTRY_POINT_GROUP)
+    sound = zoo._entry_points()
+    monkeypatch.setattr(zoo, "_entry_points", lambda: {entry.name: entry, **sound})
+    report = inspect_hub(GOLDEN)
+    assert report.problems == [] and report.model == "DeepseekV4, 6 layers (a size of its own)"
+    (note,) = report.notes
+    assert note.startswith("model 'a-broken-one': entry point 'no_such_module:make'")
+    assert "ModuleNotFoundError" in note
 
 
 @pytest.mark.parametrize(

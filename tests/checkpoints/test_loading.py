@@ -1,5 +1,5 @@
-"""`fathom.load` on Hub-format folders: every tensor lands where it belongs, or the load says what
-is wrong."""
+"""`fathom.load`: every tensor lands where it belongs, or the load says what is wrong; runs keep how they computed;
+on a mesh a plain call runs sharded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ import pytest
 from flax import nnx
 
 import fathom
-from checkpoints_tools.safetensors_io import SafetensorsCheckpoint, write_folder
+from checkpoints_tools.safetensors_io import SafetensorsCheckpoint
+from checkpoints_tools.safetensors_writer import write_folder
+from fathom.layers.options import ComputeOptions
 from fathom.mesh import make_mesh
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors
+from fathom.recipe import Recipe
+from fathom.train.checkpoint import Checkpoints
+from fathom.train.checkpoint_model import load_model, options_of
+from fathom.train.manifest import describe_run
+from fathom.train.state import TrainState, seed_to_rng
 from tests.checkpoints.folders import GOLDEN, random_tensors
+from tests.models.small import random_model, small_config
 
 TINY = DeepseekV4Config.tiny()
 TABLE = {tensor.name: tensor for tensor in hub_tensors(TINY)}
@@ -148,8 +156,8 @@ def test_all_problems_are_listed_at_once(tmp_path, tensors):
         "layers.0.attn.wq_b.weight: found shape [64, 320], expected [320, 64]",
         "layers.9.attn.wq_b.weight: left over",
         "layers.0.attn.wkv.scale: left over",
-        "layers.1.ffn.gate.tid2eid: found F32, expected I64 or I32",
-        "norm.weight: found F64, expected F32 or BF16 or F16",
+        "layers.1.ffn.gate.tid2eid: found dtype F32, expected I64 or I32",
+        "norm.weight: found dtype F64, expected F32 or BF16 or F16",
         "head.weight: found twice",
     ):
         assert text in str(error.value)
@@ -165,20 +173,22 @@ def test_hash_tables_out_of_range_are_refused(tmp_path, tensors, bad):
         fathom.load(tmp_path)
 
 
-def test_quantised_weights_are_refused_by_name(tmp_path, tensors):
+def test_a_quantised_weight_is_decoded_and_needs_its_scales(tmp_path, tensors):
     name = "layers.0.attn.wq_a.weight"
-    stored = tensors | {
-        name: tensors[name].astype(ml_dtypes.float8_e4m3fn),
-        "layers.0.attn.wq_a.scale": np.ones((1, 1), ml_dtypes.float8_e8m0fnu),
-        "layers.0.ffn.experts.0.w1.weight": np.zeros((96, 64), np.int8),
-    }
-    write_folder(tmp_path, stored, config=TINY.to_hf_config())
-    with pytest.raises(ValueError, match="3 tensors are quantised") as error:
+    codes = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    scale = np.full((1, 1), 0.5, ml_dtypes.float8_e8m0fnu)
+    stored = {name: codes, "layers.0.attn.wq_a.scale": scale}
+    write_folder(tmp_path, tensors | stored, config=TINY.to_hf_config())
+    check_every_weight(fathom.load(tmp_path), tensors | {name: codes.astype(np.float32) / 2})
+    stored["layers.0.ffn.experts.0.w1.weight"] = np.zeros((96, 64), np.int8)
+    del stored["layers.0.attn.wq_a.scale"]
+    write_folder(tmp_path, tensors | stored, config=TINY.to_hf_config())
+    with pytest.raises(ValueError, match="3 problems") as error:
         fathom.load(tmp_path)
     for text in (
-        f"{name}: stored as F8_E4M3",
-        "wq_a.scale: stored as F8_E8M0",
-        "w1.weight: stored as I8",
+        f"wq_a.scale: missing, and {name} is stored as fp8",
+        "experts.0.w1.scale: missing, and layers.0.ffn.experts.0.w1.weight is stored as fp4",
+        "experts.0.w1.weight: found dtype I8, expected F32 as 7 of the 8 weights beside it",
     ):
         assert text in str(error.value)
 
@@ -208,6 +218,76 @@ def test_golden_weights_load_unchanged():
     for tensor in hub_tensors(DeepseekV4Config.from_hf_config(GOLDEN)):
         ours = tensor.to_hub(found[tensor.path][tensor.index])
         np.testing.assert_array_equal(ours, stored.read(tensor.name), err_msg=tensor.name)
+
+
+# --- Runs, and calls on a mesh --------------------------------------------------------------------
+
+SMALL = small_config(("sliding", "csa"))
+LENGTH = 40
+
+
+def save_run(folder, model=(), train=()) -> None:
+    """A step folder of a run that trained the small model, with random weights."""
+    names = ("attention_kinds", "compress_ratios", "router_kinds", "hidden_size", "q_lora_rank")
+    config = {name: getattr(SMALL, name) for name in (*names, "moe_intermediate_size")}
+    values = {
+        "name": "small",
+        "model": {"name": "deepseek-v4-tiny", "dtype": "float32", "config": config, **dict(model)},
+        "data": {"path": ".", "sequence_length": LENGTH, "batch_size": 8},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"steps": 1, **dict(train)},
+    }
+    recipe = Recipe.model_validate(values)
+    assert recipe.model_spec().config == SMALL
+    _, params, rest = random_model(SMALL)
+    state = TrainState(params, rest, {"count": jax.numpy.ones(3)}, jax.numpy.int32(1), seed_to_rng(0))
+    about = describe_run(recipe.to_dict(), recipe.model_spec(), make_mesh({"fsdp": 8}), {})
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(state, {}, about)
+
+
+def test_a_run_is_loaded_as_it_computed_unless_told_otherwise(tmp_path):
+    save_run(tmp_path, {"simulate_quant": True, "query_chunk": 16}, {"stage": "dense"})
+    saved = ComputeOptions("float32", simulate_quant=True, query_chunk=16, stage="dense")
+    assert load_model(tmp_path).options == saved
+    assert fathom.load(tmp_path).options == saved
+    assert fathom.load(tmp_path, simulate_quant=False).options == dataclasses.replace(saved, simulate_quant=False)
+    bf16 = dataclasses.replace(saved, dtype="bfloat16", param_dtype="bfloat16")
+    assert fathom.load(tmp_path, dtype="bf16").options == bf16
+    # A conversion's recipe says no more than this.
+    converted = {"recipe": {"model": {"dtype": "bfloat16", "param_dtype": "bfloat16"}}}
+    assert options_of(converted) == ComputeOptions("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(("kind", "rows", "pieces"), [("hub", 8, 8), ("run", 8, 8), ("run", 6, 2), ("run", 3, 1)])
+def test_a_plain_call_on_a_mesh_runs_sharded(tmp_path, kind, rows, pieces):
+    if kind == "hub":
+        write_folder(tmp_path, random_tensors(SMALL), config=SMALL.to_hf_config())
+    else:
+        save_run(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (rows, LENGTH)).astype(np.int32)
+    one = fathom.load(tmp_path)
+    expected = np.asarray(jax.jit(lambda ids: one(ids).logits)(tokens))
+    model = fathom.load(tmp_path, make_mesh({"fsdp": 4, "expert": 2}))
+    assert isinstance(model, type(one)) and type(model).__name__ == "DeepseekV4"
+    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+    logits = model(tokens).logits
+    assert np.linalg.norm(logits - expected) < 1e-5 * np.linalg.norm(expected)
+    # 6 rows are cut by the expert axis alone, 3 by none.
+    assert logits.addressable_shards[0].data.shape[0] == rows // pieces and len(logits.devices()) == 8
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        assert variable.get_value() is before[path], path
+    for expert in (model.prefix[0], model.suffix[0]):
+        w1 = expert.ffn.experts.w1[...]
+        assert w1.addressable_shards[0].data.size * 8 == w1.size
+
+    if rows == 8:
+        traced = jax.jit(lambda ids: model(ids, return_streams=True))(tokens)
+        assert traced.logits.addressable_shards[0].data.shape[0] == 1 and len(traced.streams) == 2
+        assert np.linalg.norm(traced.logits - expected) < 1e-5 * np.linalg.norm(expected)
+    with pytest.raises(ValueError, match=r"token id 264 at \[0, 3\] is outside the vocabulary \[0, 264\)"):
+        model(np.where(np.arange(LENGTH) == 3, 264, tokens))
 
 
 @pytest.mark.reference

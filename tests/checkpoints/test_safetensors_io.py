@@ -19,9 +19,8 @@ from checkpoints_tools.safetensors_io import (
     SafetensorsCheckpoint,
     SafetensorsError,
     SafetensorsFile,
-    write_file,
-    write_folder,
 )
+from checkpoints_tools.safetensors_writer import write_file, write_folder
 
 
 def sample(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from fathom.recipe import Recipe
+from fathom.step_folder import read_payload
 from fathom.train import loop
-from fathom.train.checkpoint_format import read_payload
 from fathom.train.metrics import read_metrics
 from fathom.zoo import ModelSpec
 

@@ -21,14 +21,15 @@ from fathom import zoo
 from fathom.layers.options import ComputeOptions
 from fathom.mesh import make_mesh
 from fathom.recipe import Recipe
-from fathom.train import checkpoint as checkpoint_module
-from fathom.train.checkpoint import Checkpoints
-from fathom.train.checkpoint_format import (
+from fathom.step_folder import (
     CheckpointError,
     DamagedCheckpointError,
+    find_step,
     read_payload,
 )
-from fathom.train.checkpoint_model import find_step, load_model
+from fathom.train import checkpoint as checkpoint_module
+from fathom.train.checkpoint import Checkpoints
+from fathom.train.checkpoint_model import load_model
 from fathom.train.manifest import checksums, config_differences, describe_run
 from fathom.train.state import named_leaves
 from fathom.train.step import init_state, make_program

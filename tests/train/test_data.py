@@ -38,14 +38,14 @@ def folder(tmp_path):
     return write_documents(tmp_path / "text", random_documents())
 
 
-def open_loader(folder: Path, *, process=(0, 1), split="train", vocab_size=VOCAB, **changes):
+def open_loader(folder: Path, *, shard=(0, 1), split="train", vocab_size=VOCAB, **changes):
     values = {"path": str(folder), "sequence_length": 16, "batch_size": 4, **changes}
-    index, count = process
+    index, count = shard
     return make_loader(
         DataBlock(**values),
         vocab_size=vocab_size,
-        process_index=index,
-        process_count=count,
+        shard_index=index,
+        shard_count=count,
         split=split,
     )
 
@@ -312,7 +312,7 @@ def test_states_share_nothing_with_the_loader(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"process": (0, 2)}, r"process_count: 1 in the state, 2 here"),
+        ({"shard": (0, 2)}, r"shard_count: 1 in the state, 2 here"),
         ({"split": "holdout"}, r"split: 'train' in the state, 'holdout' here"),
         ({"sequence_length": 8}, r"data.sequence_length: 16 in the state, 8 here"),
         ({"packing": "none"}, r"data.packing: 'concat_split' in the state, 'none' here"),
@@ -331,10 +331,10 @@ def test_states_of_other_streams_are_refused(folder, changes, message):
     assert hashes(other, 2) == expected  # untouched
 
 
-def test_the_state_of_another_process_is_refused(folder):
-    state = open_loader(folder, process=(1, 2)).get_state()
-    with pytest.raises(DataError, match="process_index: 1 in the state, 0 here"):
-        open_loader(folder, process=(0, 2)).set_state(state)
+def test_the_state_of_another_shard_is_refused(folder):
+    state = open_loader(folder, shard=(1, 2)).get_state()
+    with pytest.raises(DataError, match="shard_index: 1 in the state, 0 here"):
+        open_loader(folder, shard=(0, 2)).set_state(state)
 
 
 def test_a_state_of_other_content_is_refused(folder):
@@ -369,11 +369,11 @@ def test_what_is_no_state_is_refused(folder):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_each_epoch(folder, count):
-    """All documents once per epoch, over all processes; rows divided among them."""
+def test_shards_divide_each_epoch(folder, count):
+    """All documents once per epoch, over all shards; rows divided among them."""
     shares = []
     for index in range(count):
-        loader = open_loader(folder, process=(index, count))
+        loader = open_loader(folder, shard=(index, count))
         batches = take(loader, 80)
         assert batches[0]["tokens"].shape == (4 // count, 16)
         share = documents_of(stream_of(batches))
@@ -385,8 +385,8 @@ def test_processes_share_each_epoch(folder, count):
     assert shares[0][0] != shares[0][1]  # shuffled before it is shared
 
 
-def test_all_processes_have_one_fingerprint(folder):
-    one, other = (open_loader(folder, process=(i, 2)).fingerprint for i in range(2))
+def test_all_shards_have_one_fingerprint(folder):
+    one, other = (open_loader(folder, shard=(i, 2)).fingerprint for i in range(2))
     assert one == other == open_loader(folder, holdout=0.0).fingerprint
 
 
@@ -419,8 +419,8 @@ def test_splits_that_are_empty(tmp_path):
         open_loader(folder, holdout=0.5)
     with pytest.raises(DataError, match="data.holdout is 0: no documents are held out"):
         open_loader(folder, split="holdout")
-    with pytest.raises(DataError, match="at least one for each of 2 processes; add documents"):
-        open_loader(folder, process=(0, 2))
+    with pytest.raises(DataError, match="at least one for each of 2 shards .*; add documents"):
+        open_loader(folder, shard=(0, 2))
 
 
 # --- Bad settings and ids -------------------------------------------------------------------------
@@ -433,15 +433,15 @@ def test_settings_are_checked_together(folder):
         sequence_length=1, batch_size=3, packing="tight", shuffle=True, seed=-1, holdout=1.0, max_bytes=0,
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:
-        make_loader(block, vocab_size=VOCAB, process_index=2, process_count=2, split="test")
+        make_loader(block, vocab_size=VOCAB, shard_index=2, shard_count=2, split="test")
     for text in (
         "data.packing is 'tight', expected one of concat_split",
         "data.sequence_length is 1, expected 2 or more",
-        "data.batch_size is 3, expected a multiple of the 2 processes",
+        "data.batch_size is 3, expected a multiple of the 2 shards",
         "data.seed is -1",
         "data.holdout is 1.0, expected at least 0 and below 1",
         "data.max_bytes is 0",
-        "process_index is 2, expected below 2",
+        "shard_index is 2, expected below 2",
         "split is 'test', expected one of train, holdout",
     ):
         assert text in str(caught.value)

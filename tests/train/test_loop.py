@@ -14,8 +14,8 @@ import yaml
 import fathom
 from fathom import zoo
 from fathom.recipe import load_recipe
+from fathom.step_folder import CheckpointError
 from fathom.train import data, loop
-from fathom.train.checkpoint_format import CheckpointError
 from fathom.train.checkpoint_model import load_model
 from fathom.train.loop import NonFiniteError, train
 from fathom.train.metrics import read_metrics

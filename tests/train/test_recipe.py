@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from fathom import zoo
+from fathom.cli import main
 from fathom.mesh import AXES
 from fathom.recipe import (
     MESH_AXES,
@@ -19,7 +23,11 @@ from fathom.recipe import (
     load_recipe,
 )
 from fathom.recipe_files import recipe_names
+from fathom.step_folder import CheckpointError, read_payload
+from fathom.train.loop import train
+from tests.train.runs import make_recipe, write_text
 from tests.train.small_recipe import SMALL, SPEC, changed, write_recipe
+from tests.train.toy_model import TOY
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +68,17 @@ def test_numbers_as_people_write_them(tmp_path):
     assert load_recipe(path).optimizer.learning_rate == 3e-4
     recipe = load_recipe(path, ["model.config.dropout=1e-1", "train.steps=20"])
     assert recipe.model.config["dropout"] == 0.1 and recipe.train.steps == 20
+    recipe = load_recipe(path, ["train.steps=1_000", "train.max_runtime=60", "data.exclude=[a, b]"])
+    assert (recipe.train.steps, recipe.train.max_runtime) == (1000, 60.0)
+    assert recipe.data.exclude == ("a", "b")
+
+
+def test_numbers_that_reach_us_as_text():
+    """PyYAML's own loader reads 3e-4 as text; templates put numbers in quotes."""
+    read = yaml.safe_load("{learning_rate: 3e-4, warmup_steps: '1_0', clip_norm: 5e-1}")
+    assert read["learning_rate"] == "3e-4"
+    block = recipe_with(optimizer=read).optimizer
+    assert (block.learning_rate, block.warmup_steps, block.clip_norm) == (3e-4, 10, 0.5)
 
 
 def test_precedence_base_recipe_overrides(tmp_path):
@@ -103,9 +122,12 @@ def test_files_that_are_no_recipe(tmp_path, text, words):
 
 
 def test_the_standard_library_as_data():
-    data = load_recipe("tiny-v4-cpu").data
-    folder = Path(sysconfig.get_paths()["stdlib"])
+    recipe = load_recipe("tiny-v4-cpu")
+    data, folder = recipe.data, Path(sysconfig.get_paths()["stdlib"])
     assert Path(data.path) == folder and (folder / "argparse.py").is_file()
+    # What is stored means the same on every machine and Python.
+    assert recipe.to_dict()["data"]["path"] == "stdlib:" and str(folder) not in recipe.to_yaml()
+    assert Recipe.model_validate(recipe.to_dict()) == recipe
     assert data.pattern == "**/*.py" and "site-packages" in data.exclude
     assert load_recipe("tiny-v4-cpu", ["data.path=stdlib:"]).data == data
     other = load_recipe("tiny-v4-cpu", ["data.path=/x", "data.exclude=[]"]).data
@@ -182,6 +204,31 @@ def test_what_is_missing_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "found", "fix"),
+    [
+        ("train.steps=true", "True", "set train.steps to a valid integer"),
+        ("optimizer.learning_rate=true", "True", "set optimizer.learning_rate to a valid number"),
+        ("optimizer.clip_norm=false", "False", "set optimizer.clip_norm to a valid number"),
+        ("train.log_every=yes", "True (YAML reads yes", "set train.log_every to a valid integer"),
+        ("checkpoint.keep_every=on", "True", "set checkpoint.keep_every to a valid integer"),
+        ("data.shuffle=1", "1", "set data.shuffle=true"),
+        ("checkpoint.async_save=0", "0", "set checkpoint.async_save=false"),
+        ("metrics.tensorboard='no'", "'no'", "set metrics.tensorboard to a valid boolean"),
+        ("mesh.data=2.0", "2.0", "set mesh.data=2, without a point"),
+        ("train.steps=1e2", "100.0", "set train.steps=100, without a point"),
+        ("train.steps='2.0'", "'2.0'", "set train.steps to a valid integer"),
+        ("data.exclude=a", "'a'", "set data.exclude to a valid tuple"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path, capsys, override, found, fix):
+    path, key = write_recipe(tmp_path, SMALL), override.partition("=")[0]
+    (problem,) = problems_of(load_recipe, path, [override]).values()
+    assert problem.key == key and problem.found.startswith(found) and problem.fix.startswith(fix)
+    assert main(["train", str(path), override]) == 2
+    assert fix in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("optimizer.learning_rate", float("nan")),
@@ -236,6 +283,12 @@ def test_a_sound_recipe_passes():
             "shorten",
         ),
         ({"train__eval_every": 5}, "train.eval_every", "held out", "data.holdout"),
+        (
+            {"model__param_dtype": "bfloat16"},
+            "model.param_dtype",
+            "the only copy, and in bfloat16 an update below about a thousandth of a weight is rounded away",
+            "set model.param_dtype=float32",
+        ),
         ({"model__name": "toy-for-recipe"}, "model.name", SPEC.name, SPEC.name),
         ({"mesh__preset": "defualt"}, "mesh.preset", "default", "did you mean 'default'?"),
         ({"data__path": "/no/such"}, "data.path", "exists", "data.path"),
@@ -264,6 +317,43 @@ def test_combinations_that_cannot_work(changes, key, expected, fix):
     found = problems_of(recipe_with(**changes).check, 8)
     assert key in found, found
     assert expected in found[key].expected and fix in found[key].fix
+
+
+def test_weights_in_bfloat16_are_for_loading_not_for_training():
+    recipe = recipe_with(model__param_dtype="bfloat16")  # reading it back from a checkpoint is no training
+    assert recipe.compute_options().param_dtype == "bfloat16"
+    assert jax.numpy.bfloat16(1) - jax.numpy.bfloat16(2.7e-4) == 1  # the reason given
+    recipe_with(model__dtype="bfloat16").check(8)
+
+
+def install_broken(folder: Path) -> None:
+    """Lays out `folder` like an installed package: a module that cannot be imported, and one without a model."""
+    (folder / "broken_models.py").write_text("import no_such_module\n")
+    (folder / "numbers_only.py").write_text("def make():\n    return 3\n")
+    info = folder / "broken_pkg-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-pkg\nVersion: 0.1\n")
+    points = "[fathom.models]\nbroken = broken_models:make\nnumber = numbers_only:make\n"
+    (info / "entry_points.txt").write_text(points)
+
+
+def test_a_model_whose_package_is_broken(tmp_path, monkeypatch, capsys):
+    install_broken(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"broken", "number"} <= set(zoo.names()) and "broken_models" not in sys.modules
+    with pytest.raises(zoo.BrokenEntryPointError, match=r"entry point 'broken_models:make' of package broken-pkg") as e:
+        zoo.get("broken")
+    assert "failed with ModuleNotFoundError: No module named 'no_such_module'" in str(e.value)
+    with pytest.raises(ValueError, match=r"'numbers_only:make' of package broken-pkg gave a int, expected a ModelSpec"):
+        zoo.get("number")
+    specs, broken = zoo.all_specs()
+    assert "deepseek-v4-tiny" in specs and len(broken) == 2 and list(specs) == sorted(specs)
+    found = problems_of(recipe_with(model__name="broken").check, 8)["model.name"]
+    assert "no_such_module" in found.found and found.fix.startswith("repair or uninstall broken-pkg")
+    path = write_recipe(tmp_path, changed(SMALL, {"model.name": "broken"}))
+    assert main(["train", str(path)]) == 2
+    text = capsys.readouterr().err
+    assert "model.name: found 'broken'" in text and "uninstall broken-pkg" in text and "Traceback" not in text
 
 
 def test_a_tokenizer_file_against_the_vocabulary(tmp_path):
@@ -355,8 +445,23 @@ def test_safe_changes():
         checkpoint__every=5,
         metrics__directory="/elsewhere",
         model__remat="full",
+        data__path="/elsewhere",
     )
     assert compare_for_resume(recipe_with().to_dict(), new) == []
+
+
+def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+    write_text(tmp_path / "text", files=2)
+    short = {"train__steps": 2, "checkpoint__every": 2}
+    result = train(make_recipe(tmp_path, **short))
+    shutil.move(tmp_path / "text", tmp_path / "moved")
+    short |= {"train__steps": 3, "data__path": str(tmp_path / "moved")}
+    assert train(make_recipe(tmp_path, **short)).step == 3
+    assert read_payload(Path(result.checkpoint_dir) / "3")["recipe"]["data"]["path"] == str(tmp_path / "moved")
+    (tmp_path / "moved" / "0.txt").write_text("something else")
+    with pytest.raises(CheckpointError, match="data_fingerprint.files"):
+        train(make_recipe(tmp_path, **short | {"train__steps": 4}))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +472,6 @@ def test_safe_changes():
         ("data.batch_size", 16),
         ("data.packing", "best_fit"),
         ("data.seed", 1),
-        ("data.path", "/elsewhere"),
         ("data.exclude", ["test"]),
         ("model.name", "deepseek-v4-tiny"),
         ("model.config.vocab_size", 300),

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +122,8 @@ def make_documents(
     With segment ids alone, positions count from each change of segment.
 
     Raises:
-      ValueError: when shapes differ.
+      ValueError: when shapes differ, and, wherever the values are known, when positions do not count from 0 in
+        each document.
     """
     for name, array in (("positions", positions_BS), ("segment_ids", segment_ids_BS)):
         if array is not None and array.shape != tokens_BS.shape:
@@ -139,6 +141,26 @@ def make_documents(
         changed = changed.at[:, 0].set(True)
         start = jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
         positions_BS = index - start
+    _check_positions(positions_BS, segment_ids_BS)
     return Documents(
         positions_BS.astype(jnp.int32), segment_ids_BS.astype(jnp.int32), single=False
     )
+
+
+def _check_positions(positions_BS: jax.Array, segment_ids_BS: jax.Array) -> None:
+    """Under jit the values are not known; the loader's are right by construction."""
+    if isinstance(positions_BS, jax.core.Tracer) or isinstance(segment_ids_BS, jax.core.Tracer):
+        return
+    positions, segments = np.asarray(positions_BS), np.asarray(segment_ids_BS)
+    starts = np.ones(segments.shape, bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    expected = np.where(starts, 0, np.roll(positions, 1, axis=1) + 1)
+    bad = np.argwhere((positions != expected) & (segments > 0))
+    if segments.size and not (segments > 0).any() and (positions > 0).any():
+        bad = np.argwhere(positions > 0)  # no position 0 opens a document, so all would be padding
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(
+            f"positions: found {positions[row, column]} at row {row}, token {column}, expected "
+            f"{expected[row, column]}: they count from 0 in each document (segment {segments[row, column]})"
+        )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fathom.layers.param import normal, param
+from fathom.ops.precision import precision_of
 
 
 class Linear(nnx.Module):
@@ -40,6 +41,10 @@ class Linear(nnx.Module):
           out_dtype: dtype of the result, x's unless given. float32 keeps the accumulator unrounded.
         """
         out = jnp.einsum(
-            equation, x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32
+            equation,
+            x,
+            self.weight[...].astype(x.dtype),
+            precision=precision_of(x),
+            preferred_element_type=jnp.float32,
         )
         return out.astype(out_dtype or x.dtype)

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fathom.layers.documents import Documents, make_documents
+from fathom.mesh import active_rules, split_axes, vary
 from fathom.ops.cross_entropy import linear_cross_entropy
 
 
@@ -57,6 +59,34 @@ def count_targets(batch: Mapping[str, jax.Array]) -> LossCounts:
     return LossCounts(*(jnp.maximum(x.sum(), 1.0) for x in (next_mask, mtp_mask, valid)))
 
 
+def head_cross_entropy(
+    hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array
+) -> jax.Array:
+    """`linear_cross_entropy` under the current sharding rules.
+
+    Each device sums the head's gradient over its own tokens, and the devices add theirs up once, after the last
+    chunk, in float32.
+    """
+    kernel_DV = kernel_DV.astype(jnp.float32)
+    if active_rules() is None or jax.sharding.get_abstract_mesh().empty:
+        return linear_cross_entropy(hidden_BSD, kernel_DV, targets_BS, weights_BS)
+    batch, sequence, vocab = (split_axes(name) for name in ("act_batch", "act_sequence", "act_vocab"))
+    tokens = PartitionSpec(batch or None, sequence or None)
+
+    def of_shard(hidden, kernel, targets, weights):
+        # The transposes of these casts are the sums over devices.
+        kernel = vary(kernel, (*batch, *sequence))
+        hidden = vary(hidden, vocab)
+        total = linear_cross_entropy(hidden, kernel, targets, weights, vocab_axes=vocab)
+        return jax.lax.psum(total, (*batch, *sequence)) if batch or sequence else total
+
+    return jax.shard_map(
+        of_shard,
+        in_specs=(tokens, PartitionSpec(None, vocab or None), tokens, tokens),
+        out_specs=PartitionSpec(),
+    )(hidden_BSD, kernel_DV, targets_BS, weights_BS)
+
+
 def language_model_loss(
     model: Any,
     batch: Mapping[str, jax.Array],
@@ -79,13 +109,13 @@ def language_model_loss(
     kernel = model.head.kernel(features.hidden.dtype)
     next_mask, mtp_mask = target_masks(batch)
     targets = features.documents.roll_left(batch["tokens"])
-    main = linear_cross_entropy(features.hidden, kernel, targets, next_mask) / counts.tokens
+    main = head_cross_entropy(features.hidden, kernel, targets, next_mask) / counts.tokens
     balance = features.aux["balance"] / counts.valid_tokens
     aux = {"loss/main": main, "loss/balance": balance}
     total = main + weights.balance * balance
     if features.mtp_hidden:
         after = features.documents.roll_left(targets)
-        mtp = linear_cross_entropy(features.mtp_hidden[0], kernel, after, mtp_mask)
+        mtp = head_cross_entropy(features.mtp_hidden[0], kernel, after, mtp_mask)
         aux["loss/mtp"] = mtp / counts.mtp_tokens
         total = total + weights.mtp * aux["loss/mtp"]
     aux["expert_load"] = features.aux["expert_load"]

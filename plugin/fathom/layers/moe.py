@@ -21,9 +21,8 @@ from fathom.layers.router import (
     LearnedRouter,
     expert_load,
     sequence_balance_loss,
-    split_axes,
 )
-from fathom.mesh import active_rules, axis_size, constrain, mesh_axes
+from fathom.mesh import active_rules, axis_size, constrain, mesh_axes, split_axes, vary
 from fathom.ops.grouped_matmul import grouped_matmul
 
 _IN_AXES = ("expert", "embed", "expert_mlp")
@@ -202,10 +201,10 @@ def _expert_shard(
         array = array.reshape(-1, array.shape[-1])
         if exchange.gathered:
             array = jax.lax.all_gather(array, exchange.gathered, axis=0, tiled=True)
-        return _vary(array, exchange.summed)
+        return vary(array, exchange.summed)
 
     def weight(array: jax.Array) -> jax.Array:
-        return _vary(array, exchange.unsplit_weights)
+        return vary(array, exchange.unsplit_weights)
 
     first = jax.lax.axis_index(exchange.experts) * w1_EDF.shape[0] if exchange.experts else 0
     y_TD = local_experts(
@@ -223,10 +222,6 @@ def _expert_shard(
     if exchange.summed:
         y_TD = jax.lax.psum(y_TD, exchange.summed)
     return y_TD.reshape(x_BSD.shape)
-
-
-def _vary(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def local_experts(

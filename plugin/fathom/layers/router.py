@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from fathom.layers.param import HashTable, RouterBias, constant, normal, param
-from fathom.mesh import constrain, mesh_axes
+from fathom.mesh import constrain, split_axes
 
 
 class Routing(NamedTuple):
@@ -143,12 +143,6 @@ class HashRouter(nnx.Module):
         indices = self.tid2eid[...][tokens_BS]
         indices = constrain(indices, ("act_batch", "act_sequence", None))
         return routing_from(scores, indices, self.scale)
-
-
-def split_axes(logical: str) -> tuple[str, ...]:
-    """The mesh axes larger than 1 that the active rules split a logical axis over."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return tuple(axis for axis in mesh_axes(logical) if sizes.get(axis, 1) > 1)
 
 
 def _top_k(values_BSE: jax.Array, top_k: int) -> jax.Array:

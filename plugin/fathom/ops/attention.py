@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fathom.ops.precision import precision_of
+
 logger = logging.getLogger(__name__)
 
 MASKED = -1e30
@@ -69,10 +71,10 @@ def _attend(
 
     `sink` broadcasts to [B, C, N].
     """
-    scores = []
+    scores, precision = [], precision_of(q_BCNH)
     for keys_BTH, mask_BCT in parts:
         score = jnp.einsum(
-            "bcnh,bth->bcnt", q_BCNH, keys_BTH, preferred_element_type=jnp.float32
+            "bcnh,bth->bcnt", q_BCNH, keys_BTH, precision=precision, preferred_element_type=jnp.float32
         )
         scores.append(jnp.where(mask_BCT[:, :, None, :], score * scale, MASKED))
     sink = sink.astype(jnp.float32)[..., None]
@@ -87,6 +89,7 @@ def _attend(
             "bcnt,bth->bcnh",
             weight.astype(q_BCNH.dtype),
             keys_BTH,
+            precision=precision,
             preferred_element_type=jnp.float32,
         )
     return (out / total).astype(q_BCNH.dtype)
@@ -162,6 +165,8 @@ def shared_kv_attention_chunked(
 
     # One copy per row: its gradient is summed over the rows once, after the loop, and not in every step.
     sink_B1N = jnp.broadcast_to(sink_N, (q_BSNH.shape[0], 1, sink_N.shape[0]))
+    # The loop's backward adds up one gradient of all entries per chunk; in bfloat16 the later ones would be lost.
+    wide_BEH = entries_BEH.astype(jnp.float32) if has_entries else None
 
     @jax.checkpoint
     def one_chunk(chunk):
@@ -170,7 +175,7 @@ def shared_kv_attention_chunked(
         parts = [(keys_BTH, recent)]
         if has_entries:
             mask = entry_mask(type(selection)(*selected), entries_BEH.shape[1])
-            parts.append((entries_BEH, mask))
+            parts.append((wide_BEH.astype(entries_BEH.dtype), mask))
         return _attend(q_BCNH, parts, sink_B1N, scale)
 
     selected = tuple(to_chunks(part, query_chunk) for part in selection) if has_entries else ()

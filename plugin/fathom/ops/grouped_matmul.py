@@ -4,7 +4,7 @@ Letters: T rows sorted by group, K inner dimension, N outer dimension, E groups.
 
 Implementations, all exact and with the same signature:
   "reference": every group's product over every row, masked; E times the work, the clearest one.
-  "ragged": `jax.lax.ragged_dot`, which TPU and GPU compile to grouped kernels.
+  "ragged": `jax.lax.ragged_dot`, which XLA compiles to a grouped kernel on TPU.
   "tiled": a loop over the (tile of rows, group) pairs that hold rows, ending with the last row in
     use. XLA's CPU ragged_dot does the work of "reference".
 "auto" is "tiled" where the program is compiled for CPU and "ragged" elsewhere. The choice is made
@@ -17,6 +17,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from fathom.ops.precision import precision_of
 
 IMPLEMENTATIONS = ("auto", "reference", "ragged", "tiled")
 TILE_ROWS = 64
@@ -118,13 +120,20 @@ def _mask_unused(rows, sizes):
 
 
 def _ragged_rows(x, w, sizes):
-    out = jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
+    out = jax.lax.ragged_dot(
+        x, w, sizes, precision=precision_of(x), preferred_element_type=jnp.float32
+    )
     return _mask_unused(out, sizes)  # what a kernel leaves there is not specified
 
 
 def _ragged_outer(x, g, sizes):
     return jax.lax.ragged_dot_general(
-        x, g, sizes, _CONTRACT_RAGGED_ROWS, preferred_element_type=jnp.float32
+        x,
+        g,
+        sizes,
+        _CONTRACT_RAGGED_ROWS,
+        precision=precision_of(x),
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -136,12 +145,12 @@ def _membership(num_rows, sizes, dtype):
 
 def _reference_rows(x, w, sizes):
     member_ET = _membership(x.shape[0], sizes, x.dtype)
-    return jnp.einsum("et,tk,ekn->tn", member_ET, x, w, preferred_element_type=jnp.float32)
+    return jnp.einsum("et,tk,ekn->tn", member_ET, x, w, precision=precision_of(x), preferred_element_type=jnp.float32)
 
 
 def _reference_outer(x, g, sizes):
     member_ET = _membership(x.shape[0], sizes, x.dtype)
-    return jnp.einsum("et,tk,tn->ekn", member_ET, x, g, preferred_element_type=jnp.float32)
+    return jnp.einsum("et,tk,tn->ekn", member_ET, x, g, precision=precision_of(x), preferred_element_type=jnp.float32)
 
 
 def _units(num_rows, tile, sizes):
@@ -183,7 +192,9 @@ def _over_units(x, sizes, out_shape, step):
 def _tiled_rows(x, w, sizes):
     def step(out, group, first, counts, x_tile):
         w_group = jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
-        product = jnp.dot(x_tile, w_group, preferred_element_type=jnp.float32)
+        product = jnp.dot(
+            x_tile, w_group, precision=precision_of(x_tile), preferred_element_type=jnp.float32
+        )
         old = jax.lax.dynamic_slice_in_dim(out, first, x_tile.shape[0])
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(counts, product, old), first, 0)
 
@@ -193,7 +204,9 @@ def _tiled_rows(x, w, sizes):
 def _tiled_outer(x, g, sizes):
     def step(out, group, first, counts, x_tile):
         g_tile = jnp.where(counts, jax.lax.dynamic_slice_in_dim(g, first, x_tile.shape[0]), 0)
-        product = jnp.einsum("tk,tn->kn", x_tile, g_tile, preferred_element_type=jnp.float32)
+        product = jnp.einsum(
+            "tk,tn->kn", x_tile, g_tile, precision=precision_of(x_tile), preferred_element_type=jnp.float32
+        )
         old = jax.lax.dynamic_index_in_dim(out, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(out, old + product, group, 0)
 

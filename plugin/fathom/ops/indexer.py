@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from fathom.ops.attention import VisibleRange, from_chunks, to_chunks
+from fathom.ops.precision import precision_of
 
 
 def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) -> jax.Array:
     """sum_h w relu(q . k), float32 [B, S, E]; all queries x entries at once."""
-    products = jnp.einsum("bsnh,beh->bsne", q_BSNH, k_BEH, preferred_element_type=jnp.float32)
+    products = jnp.einsum(
+        "bsnh,beh->bsne", q_BSNH, k_BEH, precision=precision_of(q_BSNH), preferred_element_type=jnp.float32
+    )
     weights = weights_BSN.astype(jnp.float32)
-    return jnp.einsum("bsne,bsn->bse", jax.nn.relu(products), weights)
+    return jnp.einsum("bsne,bsn->bse", jax.nn.relu(products), weights, precision=precision_of(weights))
 
 
 def indexer_topk(

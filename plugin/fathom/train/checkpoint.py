@@ -1,10 +1,9 @@
 """Checkpoints through orbax v1: a step folder appears complete or not at all, and is verified when
-read; what is in one is said in `checkpoint_format`.
+read; what is in one is said in `fathom.step_folder`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import uuid
@@ -12,23 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from fathom.train.checkpoint_format import (
+from fathom.step_folder import (
     FORMAT,
     CheckpointError,
     DamagedCheckpointError,
     absolute,
-    compare_leaves,
     json_crc32,
-    load_items,
-    nest,
     read_payload,
     step_folders,
 )
+from fathom.train.checkpoint_format import agree, compare_leaves, gather_json, load_items, nest, reading
 from fathom.train.manifest import checksums, describe_leaves
 from fathom.train.state import TrainState, named_leaves
 
@@ -39,10 +34,10 @@ TRAIN_ITEM = ("opt_state", "step", "rng")
 
 
 class Restored(NamedTuple):
-    """A restored run: the state, this process's data iterator state, and the payload."""
+    """A restored run: the state, the data iterator states of all processes, and the payload."""
 
     state: TrainState
-    data_state: Any
+    data_states: list[Any]
     payload: dict[str, Any]
 
 
@@ -73,8 +68,11 @@ class Checkpoints:
         """Makes the folder and writes a file into it.
 
         Raises:
-          CheckpointError: when that fails, before anything was compiled.
+          CheckpointError: when that fails in any process, before anything was compiled.
         """
+        agree(self._probe)
+
+    def _probe(self) -> None:
         probe = self.directory / f".probe-{uuid.uuid4().hex}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +106,7 @@ class Checkpoints:
             **description,
             "format": FORMAT,
             "step": step,
-            "data_states": _gather_json(data_state),
+            "data_states": gather_json(data_state),
             "leaves": leaves,
         }
         custom = {"fathom": payload, "crc32": json_crc32(payload)}
@@ -199,7 +197,7 @@ class Checkpoints:
         """The newest sound step, or None when nothing was ever saved here.
 
         A damaged or half-copied step is renamed to <step>.corrupt, with a warning, and the one
-        before it used.
+        before it used. One that cannot be read for another reason (no permission, too many open files) stays.
 
         Args:
           abstract: shapes, dtypes and shardings wanted; any mesh.
@@ -207,17 +205,18 @@ class Checkpoints:
             resume.
 
         Raises:
-          CheckpointError: when no step is sound, or the newest sound one holds other arrays.
+          CheckpointError: when no step is sound, the newest sound one holds other arrays, or a step cannot be
+            read here and now.
         """
         for step in reversed(self.steps()):
             folder = self.directory / str(step)
             try:
-                payload = _agree(lambda folder=folder: read_payload(folder))
+                payload = agree(lambda folder=folder: _read_payload(folder))
                 check(payload)
                 items = _as_items(abstract)
                 compare_leaves(items, payload, folder)
-                loaded = _agree(lambda f=folder, i=items, p=payload: load_items(f, i, p))
-                return Restored(_from_items(abstract, loaded), _own_data_state(payload), payload)
+                loaded = load_items(folder, items, payload)
+                return Restored(_from_items(abstract, loaded), payload["data_states"], payload)
             except DamagedCheckpointError as error:
                 self._set_aside(folder, error)
         damaged = sorted(path.name for path in self.directory.glob("*.corrupt*"))
@@ -230,13 +229,20 @@ class Checkpoints:
 
     def _set_aside(self, folder: epath.Path, error: Exception) -> None:
         logger.warning("checkpoint %s is not used: %s", folder, error)
-        if jax.process_index() == 0:
-            target = folder.parent / f"{folder.name}.corrupt"
-            if target.exists():
-                target = folder.parent / f"{folder.name}.corrupt-{uuid.uuid4().hex[:8]}"
-            folder.rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {folder.name}")
+        agree(lambda: self._rename(folder))
+
+    def _rename(self, folder: epath.Path) -> None:
+        if jax.process_index() != 0:
+            return
+        target = folder.parent / f"{folder.name}.corrupt"
+        if target.exists():
+            target = folder.parent / f"{folder.name}.corrupt-{uuid.uuid4().hex[:8]}"
+        folder.rename(target)
+
+
+def _read_payload(folder: epath.Path) -> dict[str, Any]:
+    with reading(folder):
+        return read_payload(folder)
 
 
 def _as_items(state: TrainState) -> dict[str, Any]:
@@ -258,41 +264,3 @@ def _from_items(abstract: Any, items: Mapping[str, Any]) -> TrainState:
 
     where = {**dict.fromkeys(MODEL_ITEM, "model"), **dict.fromkeys(TRAIN_ITEM, "train")}
     return TrainState(**{name: field(name, item) for name, item in where.items()})
-
-
-def _gather_json(value: Any) -> list[Any]:
-    """The value of every process, in process order, on every process."""
-    text = json.dumps(value, allow_nan=False).encode()
-    if jax.process_count() == 1:
-        return [json.loads(text)]
-    sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-
-def _own_data_state(payload: Mapping[str, Any]) -> Any:
-    states = payload["data_states"]
-    if len(states) != jax.process_count():
-        raise CheckpointError(
-            f"the checkpoint's data order belongs to {len(states)} processes, this run has "
-            f"{jax.process_count()}; resume with {len(states)} processes"
-        )
-    return states[jax.process_index()]
-
-
-def _agree(read: Callable[[], Any]) -> Any:
-    """`read()`, where damage seen by one process is damage for all: they must take the same step."""
-    if jax.process_count() == 1:
-        return read()
-    value, error = None, None
-    try:
-        value = read()
-    except DamagedCheckpointError as caught:
-        error = caught
-    failed = multihost_utils.process_allgather(np.array([error is not None])).reshape(-1)
-    if failed.any():
-        bad = [int(i) for i in np.flatnonzero(failed)]
-        raise error or DamagedCheckpointError(f"processes {bad} cannot read it")
-    return value

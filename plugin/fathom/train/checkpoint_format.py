@@ -1,85 +1,41 @@
-"""What a step folder holds, and reading it with every byte accounted for.
+"""The arrays of a step folder, read with every byte accounted for: orbax finds no flipped bits, the checksums do.
 
-A step folder holds two array items, "model" (params, model_state) and "train" (opt_state, step,
-rng), and in `_CHECKPOINT_METADATA` the *payload*, JSON of everything else: the resolved recipe,
-versions, data fingerprint and iterator states, and for every array its shape, dtype and checksum.
-Orbax finds no flipped bits; the checksums do.
+What goes wrong is sorted by its cause: damage condemns the step, a file that cannot be opened here and now does not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import zlib
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from fathom.step_folder import CheckpointError, DamagedCheckpointError
 from fathom.train.manifest import checksums, describe_leaves
 from fathom.train.state import named_leaves
 
-FORMAT = 1
-METADATA_FILE = "_CHECKPOINT_METADATA"
-# What orbax and TensorStore raise for missing, truncated or garbled files. Other errors (no memory,
-# no permission) say nothing about the checkpoint and are passed on.
-DAMAGE_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, EOFError)
+T = TypeVar("T")
 
+DAMAGE_ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError)
+"""What orbax and TensorStore raise for missing, truncated or garbled files, and for much else: see `_obstacle`."""
 
-class CheckpointError(ValueError):
-    """A checkpoint, or the folder for checkpoints, that cannot be used; the text says what to do."""
+DAMAGE_CODES = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+OTHER_CODES = (
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED",
+    "ABORTED", "INTERNAL", "UNKNOWN", "UNIMPLEMENTED", "ALREADY_EXISTS",
+)  # fmt: skip
+"""TensorStore raises ValueError for every status; its text begins with the code (none for INVALID_ARGUMENT)."""
 
-
-class DamagedCheckpointError(CheckpointError):
-    """A step folder that is incomplete, or whose contents are not what was saved."""
-
-
-def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """A local path made absolute, or a remote one ("gs://...") as it is."""
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-
-
-def step_folders(directory: str | os.PathLike[str]) -> list[int]:
-    """Steps that have a folder in a checkpoint directory, complete or not, rising."""
-    directory = absolute(directory)
-    if not directory.exists():
-        return []
-    names = (path.name for path in directory.iterdir() if path.is_dir())
-    return sorted(int(name) for name in names if name.isdigit() and str(int(name)) == name)
-
-
-def read_payload(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON part of a step folder: recipe, versions, model, data, leaves.
-
-    Raises:
-      DamagedCheckpointError: when the folder is incomplete or the payload is not what was saved.
-    """
-    folder = absolute(folder)
-    file = folder / METADATA_FILE
-    if not file.exists():
-        raise DamagedCheckpointError(
-            f"{folder} is incomplete: it has no {METADATA_FILE}; a copy was probably cut off"
-        )
-    try:
-        custom = json.loads(file.read_text())["custom_metadata"]
-        payload, expected = custom["fathom"], custom["crc32"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(
-            f"{file} is damaged or was not written by fathom ({type(error).__name__}: {error})"
-        ) from error
-    if json_crc32(payload) != expected:
-        raise DamagedCheckpointError(f"{file} is damaged: its checksum does not match")
-    if payload["format"] != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {payload['format']}, this version reads {FORMAT}"
-        )
-    if str(payload["step"]) != folder.name and folder.name.isdigit():
-        raise DamagedCheckpointError(f"{folder} holds step {payload['step']}; was it renamed?")
-    return payload
+MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def compare_leaves(
@@ -99,7 +55,8 @@ def compare_leaves(
     for name in wanted.keys() & stored.keys():
         for aspect in ("shape",) if allow_cast else ("shape", "dtype"):
             found, expected = stored[name][aspect], wanted[name][aspect]
-            if found != expected:
+            # Integer tables are 64 bits wide on the Hub; a conversion has made sure that 32 hold them.
+            if found != expected and (found, expected) != ("int64", "int32"):
                 problems.append(f"{name}: {aspect} {found} in the checkpoint, {expected} wanted")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -111,35 +68,135 @@ def compare_leaves(
 
 
 def load_items(folder: epath.Path, items: dict[str, Any], payload: Mapping[str, Any]) -> Any:
-    """The arrays of some items, in their stored dtypes, verified."""
+    """The arrays of some items, in their stored dtypes, verified.
+
+    Raises:
+      DamagedCheckpointError: for missing, truncated or garbled files, or other contents than were saved.
+      CheckpointError: when the files cannot be read here and now, see `reading`.
+    """
     stored = payload["leaves"]
     names = iter(named_leaves(items))
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
-            x.shape, np.dtype(stored[next(names)]["dtype"]), sharding=x.sharding
+            x.shape, _readable_dtype(stored[next(names)]["dtype"]), sharding=x.sharding
         ),
         items,
     )
-    loaded = {}
-    try:
-        # One at a time: when one of several cannot be read, orbax leaves the others' coroutines
-        # behind.
-        for item, abstract in wanted.items():
-            loaded |= ocp.load_checkpointables(folder, {item: abstract})
-    except DAMAGE_ERRORS as error:
-        cause = error.__cause__ or error  # orbax wraps the reader's error in one about handlers
-        text = " ".join(str(cause).split())[:300]
-        raise DamagedCheckpointError(
-            f"{folder} cannot be read ({type(cause).__name__}: {text})"
-        ) from error
+    spans_processes = any(not leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(wanted))
+    if spans_processes:
+        loaded = agree(lambda: _load(folder, wanted))  # before the checksums, in which all processes take part
+    else:
+        loaded = _load(folder, wanted)
     sums = checksums(loaded)
-    wrong = sorted(name for name, value in sums.items() if stored[name]["checksum"] != value)
+    # Conversions leave no checksum of whole arrays: every piece of the files carries its own.
+    wrong = sorted(n for n, value in sums.items() if stored[n]["checksum"] not in (None, value))
     if wrong:
         raise DamagedCheckpointError(
             f"{folder} is damaged: {len(wrong)} arrays have other contents than were saved, "
             f"among them {', '.join(wrong[:5])}"
         )
     return loaded
+
+
+def _load(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    loaded = {}
+    # Each process reads on its own: orbax would wait for all of them, for ever if one has failed.
+    context = ocp.Context()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    with reading(folder), context:
+        # One at a time: when one of several cannot be read, orbax leaves the others' coroutines behind.
+        for item, abstract in wanted.items():
+            loaded |= ocp.load_checkpointables(folder, {item: abstract})
+    return loaded
+
+
+@contextlib.contextmanager
+def reading(folder: epath.Path) -> Iterator[None]:
+    """A context for reading a step folder, which sorts errors by their cause.
+
+    Raises:
+      DamagedCheckpointError: for missing, truncated or garbled files.
+      CheckpointError: when the folder cannot be read here and now, which says nothing of its contents: no
+        permission, no more open files or memory, storage that does not answer.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CheckpointError) and not isinstance(error, DamagedCheckpointError):
+            raise
+        obstacle = _obstacle(error)
+        if obstacle is None and isinstance(error, DAMAGE_ERRORS):
+            obstacle = _closed_file(folder)
+        if obstacle is not None:
+            raise CheckpointError(
+                f"{folder} cannot be read here and now ({_describe(obstacle)}); nothing was changed, the step may be "
+                "sound: allow this user to read all of it, raise the limit of open files (ulimit -n), free memory or "
+                "wait for the storage, then start again"
+            ) from error
+        if isinstance(error, DamagedCheckpointError) or not isinstance(error, DAMAGE_ERRORS):
+            raise
+        raise DamagedCheckpointError(f"{folder} cannot be read ({_describe(_root(error))})") from error
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """What began it: orbax wraps the reader's error in some about handlers and array indices."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _obstacle(error: BaseException) -> BaseException | None:
+    """The first of an error and its causes that says nothing of the contents of what was read, None without one."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        if _is_obstacle(current):
+            return current
+        seen.append(current)
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _is_obstacle(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return not isinstance(error, DAMAGE_ERRORS)
+    text = str(error)
+    number = re.search(r"os_error_code='(\d+)'", text)
+    if number and isinstance(error, ValueError):
+        return int(number[1]) not in MISSING_ERRNOS
+    return text.partition(":")[0] in OTHER_CODES
+
+
+def _closed_file(folder: epath.Path) -> OSError | None:
+    """Why a file or folder below a local step cannot be opened, None when all can.
+
+    Libraries ask whether a file exists, and take one that they may not see for one that is not there.
+    """
+    if "://" in os.fspath(folder):
+        return None
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        for parent, _, names in os.walk(folder, onerror=refuse):
+            for name in names:
+                with open(os.path.join(parent, name), "rb"):
+                    pass
+    except OSError as error:
+        return None if isinstance(error, DAMAGE_ERRORS) else error
+    return None
+
+
+def _readable_dtype(name: str) -> np.dtype:
+    return np.dtype("int32" if name == "int64" else name)
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +211,49 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def json_crc32(value: Any) -> int:
-    """Checksum of the JSON text of a value, keys sorted."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return zlib.crc32(text.encode())
+# --- All processes alike --------------------------------------------------------------------------
+
+KINDS = (DamagedCheckpointError, CheckpointError, ValueError)
+"""Errors that `agree` passes from process to process, by rising rank; others count as the last."""
+
+
+def agree(action: Callable[[], T]) -> T:
+    """`action()`, called by all processes at the same place: an error in one is an error in all.
+
+    Without it the others would wait at the next collective for the one that failed. `action` itself holds none.
+
+    Raises:
+      the process's own error when no other process has one of a higher rank in `KINDS`: a step that one process
+        cannot open is not to be set aside because another finds it damaged. Else that one's kind and text.
+    """
+    if jax.process_count() == 1:
+        return action()
+    value, error = None, None
+    try:
+        value = action()
+    except Exception as caught:
+        error = caught
+    told = gather_json(None if error is None else [_rank(error), str(error) or repr(error)])
+    failed = [(about[0], index, about[1]) for index, about in enumerate(told) if about is not None]
+    if not failed:
+        return value
+    rank, index, text = max(failed, key=lambda failure: failure[0])
+    if error is not None and _rank(error) == rank:
+        raise error
+    raise KINDS[rank](f"process {index}: {text}")
+
+
+def _rank(error: Exception) -> int:
+    return next((rank for rank, kind in enumerate(KINDS) if isinstance(error, kind)), len(KINDS) - 1)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The value of every process, in process order, on every process."""
+    text = json.dumps(value, allow_nan=False).encode()
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

@@ -1,8 +1,8 @@
-"""Text to packed rows: a deterministic stream of batches per process, which resumes exactly at any step.
+"""Text to packed rows: a deterministic stream of batches per shard, which resumes exactly at any step.
 
-documents -> holdout split -> shuffle, anew each epoch -> this process's share -> tokens + EOS -> rows
+documents -> holdout split -> shuffle, anew each epoch -> one shard's documents -> tokens + EOS -> rows
 of sequence_length -> batches. Everything is a function of the settings and a position, so that the
-state in a checkpoint is a few numbers.
+state in a checkpoint is a few numbers. Processes that feed the same rows of the batch read the same shard.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -24,7 +24,7 @@ __all__ = ["DataError", "Loader", "batch_hash", "load_tokenizer", "make_loader"]
 
 Batch = dict[str, np.ndarray]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SPLITS = ("train", "holdout")
 PACKINGS = ("concat_split", "first_fit", "best_fit", "none")
 
@@ -59,22 +59,23 @@ class DataSettings(Protocol):
 
 
 def make_loader(
-    block: DataSettings, *, vocab_size: int, process_index: int = 0, process_count: int = 1, split: str = "train"
+    block: DataSettings, *, vocab_size: int, shard_index: int = 0, shard_count: int = 1, split: str = "train"
 ) -> Loader:
     """Opens the data of a recipe.
 
     Args:
-      block: the recipe's data block. vocab_size: of the model. split: "train", or "holdout": the
-        documents that `block.holdout` keeps out of the former.
+      block: the recipe's data block. vocab_size: of the model.
+      shard_index, shard_count: which of how many equal parts of each batch's rows; each has its own documents.
+      split: "train", or "holdout": the documents that `block.holdout` keeps out of the former.
 
     Returns:
-      An endless iterator over this process's rows: all documents once, then again in another order.
+      An endless iterator over the shard's rows: all documents once, then again in another order.
 
     Raises:
       DataError: (a ValueError) for impossible settings, data that is missing, empty or broken, a
-        tokenizer with ids that the model does not have, fewer documents than processes.
+        tokenizer with ids that the model does not have, fewer documents than shards.
     """
-    _check_settings(block, process_index, process_count, split)
+    _check_settings(block, shard_index, shard_count, split)
     tokenizer = load_tokenizer(block.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
@@ -90,22 +91,22 @@ def make_loader(
         max_bytes=block.max_bytes,
         needs_text=tokenizer.needs_text,
     )
-    indices = _select(documents, block, split, process_count)
-    return Loader(block, documents, indices, tokenizer, vocab_size, process_index, process_count, split)
+    indices = _select(documents, block, split, shard_count)
+    return Loader(block, documents, indices, tokenizer, vocab_size, shard_index, shard_count, split)
 
 
 class Loader:
-    """The batches of one process; made by `make_loader`.
+    """The batches of one shard; made by `make_loader`.
 
     Iterating yields dicts of "tokens", "segment_ids" and "positions", each [B, S] int32 with
-    B = batch_size / process_count. Segments are documents, or the pieces of one that was split between
+    B = batch_size / shard_count. Segments are documents, or the pieces of one that was split between
     rows: counted from 1 in each row, positions from 0 in each segment, 0 and 0 at padding (token 0).
 
     Attributes:
       tokenizer: see `fathom.train.tokenizers.Tokenizer`.
       fingerprint: what decides the stream, JSON-able: files with sizes and hashes, tokenizer, settings;
         equal on all processes and for both splits.
-      step: batches given out. num_documents: of this split, on all processes.
+      step: batches given out. num_documents: of this split, in all shards.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class Loader:
         indices: np.ndarray,
         tokenizer: Tokenizer,
         vocab_size: int,
-        process_index: int,
-        process_count: int,
+        shard_index: int,
+        shard_count: int,
         split: str,
     ):
         self.tokenizer = tokenizer
@@ -124,17 +125,17 @@ class Loader:
         self.step = 0
         self.num_documents = len(indices)
         self._vocab_size = vocab_size
-        self._local_rows = block.batch_size // process_count
+        self._local_rows = block.batch_size // shard_count
         self._identity = {
             "version": STATE_VERSION,
             "split": split,
-            "process_count": process_count,
-            "process_index": process_index,
+            "shard_count": shard_count,
+            "shard_index": shard_index,
         }
         source = _TokenSource(documents, indices, tokenizer)
         # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
         ahead = tokenizer.needs_text or block.source == "array_record"
-        self._rows = iter(_row_dataset(source, block, process_index, process_count, ahead))
+        self._rows = iter(_row_dataset(source, block, shard_index, shard_count, ahead))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -177,7 +178,7 @@ class Loader:
 
         Raises:
           DataError: naming both values, when the state is from other data, other settings, another
-            split, process or number of processes, or is not a state at all.
+            split, shard or number of shards, or is not a state at all.
         """
         own = self.get_state()
         if not isinstance(state, Mapping) or own.keys() - state.keys():
@@ -209,6 +210,25 @@ class Loader:
             raise DataError(f"the state of the loader is damaged: {error!r}") from None
         self.step = step
 
+    def own_state(self, states: Sequence[Any]) -> Any:
+        """The state of this loader's shard among those that the processes of a run saved.
+
+        Raises:
+          DataError: when that run had another number of shards.
+        """
+        count, index = self._identity["shard_count"], self._identity["shard_index"]
+        try:
+            saved = {(state["shard_count"], state["shard_index"]): state for state in states}
+            found = max(saved)[0]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"data order: the checkpoint's states are not those of loaders: {error!r}") from None
+        if (count, index) not in saved:
+            raise DataError(
+                f"data order: of {found} shards (processes that feed different rows) in the checkpoint, of {count} "
+                "now; resume with as many processes, and mesh axes that cut the batch over them alike"
+            )
+        return saved[count, index]
+
 
 def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
     """Hex digest of names, dtypes, shapes and values; equal for equal batches on any machine."""
@@ -224,7 +244,7 @@ def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def _check_settings(block: DataSettings, process_index: int, process_count: int, split: str) -> None:
+def _check_settings(block: DataSettings, shard_index: int, shard_count: int, split: str) -> None:
     """All problems of the settings at once."""
     wanted = [
         ("data.source", block.source, block.source in SOURCES, f"one of {', '.join(SOURCES)}"),
@@ -236,10 +256,10 @@ def _check_settings(block: DataSettings, process_index: int, process_count: int,
         (
             "data.batch_size",
             block.batch_size,
-            block.batch_size >= 1 and block.batch_size % process_count == 0,
-            f"a multiple of the {process_count} processes",
+            block.batch_size >= 1 and block.batch_size % shard_count == 0,
+            f"a multiple of the {shard_count} shards",
         ),
-        ("process_index", process_index, 0 <= process_index < process_count, f"below {process_count}"),
+        ("shard_index", shard_index, 0 <= shard_index < shard_count, f"below {shard_count}"),
         ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
     ]
     problems = [f"{key} is {found!r}, expected {text}" for key, found, ok, text in wanted if not ok]
@@ -260,7 +280,7 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, step: int) -> None:
         )
 
 
-def _select(documents: Documents, block: DataSettings, split: str, process_count: int) -> np.ndarray:
+def _select(documents: Documents, block: DataSettings, split: str, shard_count: int) -> np.ndarray:
     """Indices of the documents of a split: the held-out ones are those with the smallest keys.
 
     So a document stays on its side when others are added, and copies of it are on the same side.
@@ -269,11 +289,11 @@ def _select(documents: Documents, block: DataSettings, split: str, process_count
     counts = {"train": int((~held_out).sum()), "holdout": int(held_out.sum())}
     needed = SPLITS if block.holdout else ("train",)  # a run that will evaluate must not find out late
     for name in needed:
-        if counts[name] < process_count:
+        if counts[name] < shard_count:
             raise DataError(
                 f"data.path {block.path} has {len(documents)} documents, {counts[name]} of them in the "
                 f"{name} split at data.holdout={block.holdout}, expected at least one for each of "
-                f"{process_count} processes; add documents or change data.holdout"
+                f"{shard_count} shards (processes that feed different rows); add documents or change data.holdout"
             )
     return np.flatnonzero(held_out if split == "holdout" else ~held_out)
 
@@ -317,14 +337,14 @@ class _Split(grain.experimental.FlatMapTransform):
 
 
 def _row_dataset(
-    source: _TokenSource, block: DataSettings, process_index: int, process_count: int, ahead: bool
+    source: _TokenSource, block: DataSettings, shard_index: int, shard_count: int, ahead: bool
 ) -> grain.IterDataset:
     """Rows: dicts of tokens, tokens_segment_ids, tokens_positions, each [S] int32, without end."""
     length, seed = block.sequence_length, _seed32(block.seed)
     dataset = grain.MapDataset.source(source)
     if block.shuffle:
         dataset = dataset.shuffle(seed=seed)
-    dataset = dataset[process_index::process_count].repeat()
+    dataset = dataset[shard_index::shard_count].repeat()
     if block.packing == "none":
         dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
     threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0

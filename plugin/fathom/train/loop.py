@@ -15,11 +15,14 @@ import numpy as np
 
 from fathom.mesh import make_mesh, sharding_scope
 from fathom.recipe import Recipe, compare_for_resume
+from fathom.recipe_checks import Problem, RecipeError
+from fathom.step_folder import CheckpointError, find_step
 from fathom.train.checkpoint import Checkpoints
-from fathom.train.checkpoint_format import CheckpointError
-from fathom.train.data import Loader, batch_hash, make_loader
+from fathom.train.checkpoint_format import agree
+from fathom.train.checkpoint_model import start_from
+from fathom.train.data import DataError, Loader, batch_hash, make_loader
 from fathom.train.manifest import config_differences, describe_run
-from fathom.train.metrics import plot_loss
+from fathom.train.metrics import probe_metrics
 from fathom.train.report import NonFiniteError, RunReport
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
@@ -61,10 +64,11 @@ def train(recipe: Recipe) -> TrainResult:
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
+    probe_run_folder(recipe)
     checkpoints = open_checkpoints(recipe)
-    loader = open_loader(recipe, spec.config.vocab_size)
-    holdout = open_loader(recipe, spec.config.vocab_size, "holdout") if recipe.train.eval_every else None
     program = make_program(recipe, mesh)
+    loader = open_loader(recipe, program)
+    holdout = open_loader(recipe, program, "holdout") if recipe.train.eval_every else None
     description = describe_run(recipe.to_dict(), spec, mesh, loader.fingerprint)
 
     with (
@@ -91,11 +95,18 @@ def train(recipe: Recipe) -> TrainResult:
                 if stopping:
                     break
 
-    # Leaving the context above waited for the last save.
-    if jax.process_index() == 0 and done > start:
-        plot_loss(recipe.run_dir)
     preempted = stopping and done < recipe.train.steps
     return TrainResult(done, report.last, str(checkpoints.directory), preempted)
+
+
+def probe_run_folder(recipe: Recipe) -> None:
+    """Proves, on the first process, that metrics can be written; ValueError on all when they cannot."""
+
+    def probe() -> None:
+        if jax.process_index() == 0:
+            probe_metrics(recipe.run_dir, recipe.metrics.wandb)
+
+    agree(probe)
 
 
 def open_checkpoints(recipe: Recipe) -> Checkpoints:
@@ -116,15 +127,50 @@ def open_checkpoints(recipe: Recipe) -> Checkpoints:
     return checkpoints
 
 
-def open_loader(recipe: Recipe, vocab_size: int, split: str = "train") -> Loader:
-    """The batches of this process."""
+def open_loader(recipe: Recipe, program: Program, split: str = "train") -> Loader:
+    """The batches of the rows that this process's devices hold; processes that hold the same rows read the same."""
+    index, count = row_shard(recipe, program.batch_sharding, jax.process_index())
     return make_loader(
         recipe.data,
-        vocab_size=vocab_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        vocab_size=program.spec.config.vocab_size,
+        shard_index=index,
+        shard_count=count,
         split=split,
     )
+
+
+def row_shard(recipe: Recipe, sharding: jax.sharding.Sharding, process: int) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of the rows of a batch the devices of a process hold.
+
+    Mesh axes that do not cut rows (`tensor`, `context`) may span processes: these hold the same part. A part need
+    not be contiguous: on a torus the devices of a host often are not neighbours in the mesh.
+
+    Args:
+      sharding: of the [B, S] arrays of a batch.
+
+    Raises:
+      RecipeError: when the parts of two processes overlap, or are not equally large.
+    """
+    shape = (recipe.data.batch_size, recipe.data.sequence_length)
+    rows: dict[int, set[tuple[int, int]]] = {}
+    for device, (block, _) in sharding.devices_indices_map(shape).items():
+        rows.setdefault(device.process_index, set()).add(block.indices(shape[0])[:2])
+    parts = sorted({tuple(sorted(blocks)) for blocks in rows.values()})
+    blocks = [block for part in parts for block in part]
+    if len(set(blocks)) != len(blocks) or len({len(part) for part in parts}) != 1:
+        shown = ", ".join(f"process {p}: {_ranges(blocks)}" for p, blocks in sorted(rows.items())[:4])
+        problem = Problem(
+            "mesh",
+            f"{dict(recipe.mesh.shape)}, whose devices hold these rows of a batch: {shown}",
+            "that any two processes hold the same rows or none in common, and all as many",
+            "change the mesh axes so that those that cut the batch split evenly over the processes",
+        )
+        raise RecipeError([problem], recipe.name)
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
+
+
+def _ranges(blocks: set[tuple[int, int]]) -> str:
+    return " and ".join(f"{start} to {stop - 1}" for start, stop in sorted(blocks))
 
 
 def next_batch(loader: Loader, step: int) -> dict[str, np.ndarray]:
@@ -136,7 +182,7 @@ def next_batch(loader: Loader, step: int) -> dict[str, np.ndarray]:
 
 
 def to_devices(batch: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, jax.Array]:
-    """This process's rows as part of the global [B, S] arrays."""
+    """This process's rows, in rising order, as part of the global [B, S] arrays."""
     shape = (recipe.data.batch_size, recipe.data.sequence_length)
     sharding = program.batch_sharding
     return {
@@ -167,6 +213,10 @@ def restore_or_init(
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
+        try:
+            loader.own_state(payload["data_states"])
+        except DataError as error:
+            problems.append(str(error))
         if problems:
             raise CheckpointError(
                 f"{checkpoints.directory} belongs to another run, {len(problems)} differences:\n  "
@@ -175,9 +225,12 @@ def restore_or_init(
             )
 
     restored = checkpoints.restore(program.state, check)
+    if restored is None and recipe.model.init is not None:
+        check_init(recipe)
+        return start_from(program, recipe.model.init, recipe.train.seed), 0
     if restored is None:
         return init_state(program, recipe.train.seed), 0
-    loader.set_state(restored.data_state)
+    loader.set_state(loader.own_state(restored.data_states))
     step = int(restored.state.step)
     if loader.step != step:
         raise CheckpointError(
@@ -185,6 +238,18 @@ def restore_or_init(
             f"step {step}; remove that folder to use the one before it"
         )
     return restored.state, step
+
+
+def check_init(recipe: Recipe) -> None:
+    """RecipeError when `model.init` is no Fathom checkpoint."""
+    if find_step(recipe.model.init) is None:
+        problem = Problem(
+            "model.init",
+            recipe.model.init,
+            "a complete Fathom checkpoint: a run folder, a step, or what a conversion wrote",
+            "convert a Hub folder first: fathom convert --to orbax HUB_FOLDER DESTINATION",
+        )
+        raise RecipeError([problem], recipe.name)
 
 
 def evaluate(

@@ -105,11 +105,21 @@ def describe_run(recipe: Mapping[str, Any], spec: ModelSpec, mesh: Mesh, data: A
 
 def config_differences(payload: Mapping[str, Any], spec: ModelSpec) -> list[str]:
     """Architecture fields in which the checkpoint's model and `spec` differ, one text each."""
+    if payload["model"]["name"] != spec.name:
+        name = payload["model"]["name"]
+        return [f"model.name: {name!r} in the checkpoint, {spec.name!r} in the recipe"]
+    return architecture_differences(payload, spec)
+
+
+STORAGE_FIELDS = ("expert_dtype",)
+"""Config fields that say how the Hub stores a model, not what it is."""
+
+
+def architecture_differences(payload: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+    """As `config_differences`, whatever the models are called and however they are stored on the Hub."""
     old, new = payload["model"], json.loads(json.dumps(dataclasses.asdict(spec.config)))
-    if old["name"] != spec.name:
-        return [f"model.name: {old['name']!r} in the checkpoint, {spec.name!r} in the recipe"]
     return [
         f"model.config.{key}: {old['config'].get(key)!r} in the checkpoint, {new.get(key)!r} in the recipe"
         for key in sorted(old["config"].keys() | new.keys())
-        if old["config"].get(key) != new.get(key)
+        if key not in STORAGE_FIELDS and old["config"].get(key) != new.get(key)
     ]

@@ -22,6 +22,37 @@ import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
+WANDB_ID_FILE = "wandb_id"
+
+
+def probe_metrics(run_dir: str | os.PathLike[str], wandb: Any = None) -> None:
+    """Makes the run folder and proves that metrics can be written, before anything is compiled.
+
+    Args:
+      run_dir: the run folder. wandb: None, or what `MetricWriter` takes.
+
+    Raises:
+      ValueError: when the folder or its metrics file cannot be written, or wandb is asked for and not installed.
+    """
+    if wandb is not None:
+        _import_wandb()
+    run_dir = Path(run_dir)
+    probe, metrics = run_dir / f".probe-{uuid.uuid4().hex}", run_dir / METRICS_FILE
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("fathom", encoding="utf-8")
+        probe.unlink()
+        if metrics.exists():
+            metrics.open("a").close()
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from error
+
+
+def _cannot_write(run_dir: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"run folder {run_dir}: cannot write {METRICS_FILE} ({error}); "
+        "set metrics.directory to a folder that can be written"
+    )
 
 
 class MetricWriter:
@@ -33,8 +64,8 @@ class MetricWriter:
       wandb: None, or a mapping (or an object with attributes) of project, entity and name.
       enabled: False makes every method do nothing; pass `jax.process_index() == 0`.
       resume_step: the step a checkpoint was restored at. Entries after it are dropped, so that the
-        steps done again are not there twice. None is a new run: an older metrics file is kept
-        under another name.
+        steps done again are not there twice. None is a new run: an older metrics file and wandb id
+        are kept under other names.
       config: the resolved recipe, shown by wandb.
 
     Raises:
@@ -69,10 +100,7 @@ class MetricWriter:
                 drop_after(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise ValueError(
-                f"run folder {self.run_dir}: cannot write {METRICS_FILE} ({error}); "
-                "set metrics.directory to a folder that can be written"
-            ) from error
+            raise _cannot_write(self.run_dir, error) from error
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -83,7 +111,10 @@ class MetricWriter:
                 filename_suffix=f".{resume_step or 0}",
             )
         if wandb_module is not None:
-            self._wandb_run = _start_wandb(wandb_module, wandb, self.run_dir, config)
+            id_file = self.run_dir / WANDB_ID_FILE
+            if resume_step is None:
+                _set_aside(id_file)
+            self._wandb_run = _start_wandb(wandb_module, wandb, id_file, config)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one step: scalars or arrays of numbers; nested mappings join with "/".
@@ -152,9 +183,9 @@ def _import_wandb() -> Any:
         ) from error
 
 
-def _start_wandb(module: Any, block: Any, run_dir: Path, config: Mapping[str, Any] | None) -> Any:
+def _start_wandb(module: Any, block: Any, id_file: Path, config: Mapping[str, Any] | None) -> Any:
     """A run whose id is kept in the run folder: a resumed run continues the same curves."""
-    id_file = run_dir / "wandb_id"
+    run_dir = id_file.parent
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     fields = dict(block) if isinstance(block, Mapping) else vars(block)
@@ -170,7 +201,7 @@ def _start_wandb(module: Any, block: Any, run_dir: Path, config: Mapping[str, An
 
 
 def _set_aside(path: Path) -> None:
-    """Renames an older run's file to metrics.<n>.jsonl; metrics are never thrown away."""
+    """Renames an older run's file, metrics.jsonl to metrics.<n>.jsonl; metrics are never thrown away."""
     if not path.exists() or path.stat().st_size == 0:
         return
     number = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 
 from fathom.recipe import Recipe
-from fathom.train.metrics import MetricWriter, make_progress
+from fathom.train.metrics import MetricWriter, make_progress, plot_loss
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -87,7 +90,7 @@ class StepReader:
 
 
 class RunReport:
-    """The metric files, the progress display and the recipe as run; a context that closes them.
+    """The metric files, the progress display and the recipe as run; a context that closes them and draws loss.png.
 
     Args:
       recipe: of the run. headline: shown first. start: steps done before, 0 for a new run.
@@ -97,7 +100,8 @@ class RunReport:
     """
 
     def __init__(self, recipe: Recipe, headline: str, start: int):
-        is_main = jax.process_index() == 0
+        self._is_main = is_main = jax.process_index() == 0
+        self._run_dir = recipe.run_dir
         spec = recipe.model_spec()
         self._progress = make_progress(
             recipe.train.steps, start, every=recipe.train.log_every, enabled=is_main
@@ -140,5 +144,17 @@ class RunReport:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._writer.close()
         self._progress.close()
+        try:
+            self._draw()
+        finally:
+            self._writer.close()
+
+    def _draw(self) -> None:
+        """loss.png, however the run ended; a picture that fails must not hide why it did."""
+        if not self._is_main or not self.last:
+            return
+        try:
+            plot_loss(self._run_dir)
+        except Exception as error:
+            logger.warning("loss.png is not drawn: %s", error)

@@ -50,6 +50,7 @@ class Program:
       state: abstract TrainState that carries shardings.
       batch_sharding: layout of every [B, S] array of a batch.
       init: uint32 key data -> TrainState, born sharded.
+      start: (params, model_state, uint32 key data) -> TrainState with a fresh optimizer.
       step: (TrainState, donated; batch) -> (TrainState, metrics).
       evaluate: (TrainState, batch) -> metrics that begin with "loss".
     """
@@ -62,6 +63,7 @@ class Program:
     state: TrainState
     batch_sharding: NamedSharding
     init: Callable[[jax.Array], TrainState]
+    start: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Batch], Metrics]
 
@@ -103,7 +105,9 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         state = abstract_state(spec, model, init_tx, mesh, rules)
 
     def init(rng):
-        params, model_state = init_variables(spec, options, rng)
+        return start(*init_variables(spec, options, rng), rng)
+
+    def start(params, model_state, rng):
         step = jnp.zeros((), jnp.int32)
         return TrainState(params, model_state, init_tx(params), step, rng)
 
@@ -120,6 +124,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         state=state,
         batch_sharding=batch_sharding(mesh, rules),
         init=jax.jit(init, out_shardings=shardings),
+        start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights)),
     )
@@ -266,6 +271,10 @@ def _make_evaluate(spec: ModelSpec, model: SplitModel, weights: LossWeights):
 def init_state(program: Program, seed: int) -> TrainState:
     """A fresh TrainState, laid out over the program's mesh."""
     with sharding_scope(program.mesh, program.rules):
-        replicated = NamedSharding(program.mesh, PartitionSpec())
-        rng = jax.jit(lambda: seed_to_rng(seed), out_shardings=replicated)()
-        return program.init(rng)
+        return program.init(make_rng(program, seed))
+
+
+def make_rng(program: Program, seed: int) -> jax.Array:
+    """TrainState.rng of a seed, on every device of the program's mesh."""
+    replicated = NamedSharding(program.mesh, PartitionSpec())
+    return jax.jit(lambda: seed_to_rng(seed), out_shardings=replicated)()

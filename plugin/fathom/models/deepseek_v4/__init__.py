@@ -11,7 +11,7 @@ from fathom.layers.losses import language_model_loss
 from fathom.layers.options import ComputeOptions
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.formulas import flops_per_token, num_params
-from fathom.models.deepseek_v4.hf_mapping import hub_tensors
+from fathom.models.deepseek_v4.hf_mapping import hub_tensors, native_pieces
 from fathom.models.deepseek_v4.model import DeepseekV4
 from fathom.models.deepseek_v4.sharding import PRESETS
 from fathom.zoo import ModelSpec
@@ -62,6 +62,8 @@ def make_spec(name: str, config: DeepseekV4Config) -> ModelSpec:
         config_from_hf=DeepseekV4Config.from_hf_config,
         config_to_hf=DeepseekV4Config.to_hf_config,
         hub_tensors=hub_tensors,
+        hub_model_type="deepseek_v4",
+        hub_pieces=native_pieces,
     )
 
 

@@ -21,8 +21,7 @@ from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.layers.router import split_axes
-from fathom.mesh import constrain
+from fathom.mesh import constrain, split_axes
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.ops.attention import Selected, Selection, VisibleRange, shared_kv_attention
@@ -225,9 +224,10 @@ class Attention(nnx.Module):
             query_chunk=self.options.query_chunk,
         )
         out = apply_rope(checkpoint_name(out, "attention"), head_rope, inverse=True)
-        groups = out.reshape(*out.shape[:2], c.o_groups, -1)
-        latent = self.wo_a.contract("bsgk,gko->bsgo", groups)
-        return self.wo_b.contract("bsgo,god->bsd", latent)
+        # Groups first: a batched product whose batch is elsewhere does not run in bfloat16 on a CPU.
+        groups = jnp.moveaxis(out.reshape(*out.shape[:2], c.o_groups, -1), 2, 0)
+        latent = self.wo_a.contract("gbsk,gko->gbso", groups)
+        return self.wo_b.contract("gbso,god->bsd", latent)
 
     def _compressed(
         self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs

@@ -25,6 +25,8 @@ from fathom.layers.router import HashRouter, LearnedRouter
 from fathom.mesh import constrain
 from fathom.models.deepseek_v4.attention import Attention, LayerInputs, make_layer_inputs
 from fathom.models.deepseek_v4.config import DeepseekV4Config
+from fathom.ops.embedding import embedding_lookup
+from fathom.ops.precision import precision_of
 
 STREAMS = ("act_batch", "act_sequence", None, "act_embed")
 HIDDEN = ("act_batch", "act_sequence", "act_embed")
@@ -67,10 +69,10 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens_BS: jax.Array, dtype: str) -> jax.Array:
-        table = constrain(self.weight[...].astype(dtype), ("vocab", "act_embed"))
-        # Out-of-range ids become NaN, which stops a run, rather than silently reading another row.
-        embedded = table.at[tokens_BS].get(mode="fill", fill_value=jnp.nan)
-        return constrain(embedded, HIDDEN)
+        def spread(table: jax.Array) -> jax.Array:
+            return constrain(table, ("vocab", "act_embed"))
+
+        return constrain(embedding_lookup(self.weight[...], tokens_BS, dtype, spread), HIDDEN)
 
 
 class Head(nnx.Module):
@@ -89,7 +91,11 @@ class Head(nnx.Module):
         """float32 logits [B, S, V]."""
         kernel = self.kernel(hidden_BSD.dtype)
         logits = jnp.einsum(
-            "bsd,dv->bsv", hidden_BSD, kernel, preferred_element_type=jnp.float32
+            "bsd,dv->bsv",
+            hidden_BSD,
+            kernel,
+            precision=precision_of(hidden_BSD),
+            preferred_element_type=jnp.float32,
         )
         return constrain(logits, ("act_batch", "act_sequence", "act_vocab"))
 

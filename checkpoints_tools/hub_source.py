@@ -1,0 +1,354 @@
+"""A Hub folder as the weights of a model: every tensor found, checked against the model's table, and read.
+
+Whatever spelling and storage the files have, this is the one place that says where a weight lies in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_tools import quant
+from checkpoints_tools.safetensors_io import SafetensorsCheckpoint, list_problems
+from fathom import zoo
+from fathom.hub import HubTensor
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+PLAIN_DTYPES = ("F32", "BF16", "F16")
+INT_DTYPES = ("I64", "I32")
+KIND_OF_DTYPE = {"F8_E4M3": "fp8", "I8": "fp4", "U8": "fp4", "F4": "fp4"}
+SCALE_DTYPES = {"fp8": ("F8_E8M0", "F32"), "fp4": ("F8_E8M0",)}
+MAX_UNFOUNDED_TENSORS = 1_000_000
+"""A config is disbelieved when it describes this many tensors more than ten times those found."""
+
+
+class HubProblems(ValueError):
+    """A folder that does not hold the model its config describes; the text lists every problem."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where and how one weight lies in the files.
+
+    Attributes:
+      tensor: the model's entry. name: of the file's tensor; index: the piece of it.
+      shape: of the piece as stored (FP4 in I8 has half the columns).
+      dtype: as spelled in the file. kind: "plain", "fp8" or "fp4".
+      scale: name of the tensor with its scales, None for plain ones.
+    """
+
+    tensor: HubTensor
+    name: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    scale: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    name: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HubSource:
+    """The weights of a Hub folder.
+
+    Attributes:
+      path: the folder. spec: the model, its config that of the folder.
+      files: the safetensors files. stored: native name -> Stored, in the table's order.
+
+    Raises:
+      FileNotFoundError: without config.json or safetensors files.
+      HubProblems: (a ValueError) listing every problem of names, shapes, dtypes and scales at once. Values are
+        looked at by `value_problems`.
+      ValueError: for damaged files, a config that is not understood.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        family = find_family(self.path)
+        config = family.config_from_hf(self.path)
+        self.files = SafetensorsCheckpoint(self.path)
+        places, problems = _find_places(self.files, family)
+        config = _without_absent_mtp(config, self.files, places)
+        check_size(config, len(places), self.path)
+        self.spec = family.with_config(config)
+        table = family.hub_tensors(config)
+        self.stored = {}
+        for tensor in table:
+            stored, found = _match(tensor, places)
+            problems += found
+            if stored is not None:
+                self.stored[tensor.name] = stored
+        problems += _mixed_storage(self.stored)
+        problems += _left_over(table, places, self.stored)
+        if problems:
+            raise HubProblems(
+                f"{self.path}: the files do not hold the model that {CONFIG_NAME} describes, "
+                f"{len(problems)} problems:\n{list_problems(problems)}"
+            )
+        self._log_narrow()
+
+    def _log_narrow(self) -> None:
+        """A file that somebody cast as a whole has lost bits the model counts on; say so."""
+        narrow = [n for n, s in self.stored.items() if s.tensor.storage == "f32" and s.dtype != "F32"]
+        if narrow:
+            logger.warning(
+                "%s: %d tensors that belong in float32 are stored narrower (%s first); they are widened, the "
+                "lost bits stay lost",
+                self.path,
+                len(narrow),
+                narrow[0],
+            )
+
+    def value_problems(self) -> Iterator[str]:
+        """Scales that are no numbers, and tables with ids that do not exist. Reads those tensors only."""
+        for stored in self.stored.values():
+            if stored.scale is not None:
+                yield from quant.check_scales(self.files.fetch(stored.scale), stored.scale)
+            elif stored.tensor.limit is not None:
+                yield from self._table_problems(stored)
+
+    def _table_problems(self, stored: Stored) -> Iterator[str]:
+        values = self.files.fetch(stored.name, stored.index)
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if low < 0 or high >= stored.tensor.limit:
+            yield (
+                f"{self.files.file_of(stored.name)}: tensor {stored.name}: found values {low} to {high}, "
+                f"expected 0 to {stored.tensor.limit - 1}"
+            )
+
+    def check_values(self) -> None:
+        """Raises HubProblems with all of `value_problems`."""
+        problems = list(self.value_problems())
+        if problems:
+            raise HubProblems(f"{self.path}: {len(problems)} bad values:\n{list_problems(problems)}")
+
+    def read(
+        self, tensor: HubTensor, dtype: np.dtype | None = None, region: tuple[slice, ...] | None = None
+    ) -> np.ndarray:
+        """A weight, or a region of it, in our layout.
+
+        Args:
+          tensor: an entry of the table. dtype: what to decode quantised weights to and to cast others to; None
+            keeps plain weights as they are.
+          region: slices with start and stop of our dimensions; everything unless given.
+        """
+        stored = self.stored[tensor.name]
+        if region is None:
+            region = tuple(slice(0, size) for size in tensor.our_shape)
+        window, layout, inner = tensor.layout.hub_window(tensor.shape, region)
+        if stored.kind == "plain":
+            part = self.files.fetch(stored.name, _narrow_index(stored.index, window))
+            if dtype is not None and part.dtype != dtype:
+                part = part.astype(dtype)
+        else:
+            part = self._decode(stored, window, np.dtype(np.float32 if dtype is None else dtype))
+        return layout.to_ours(part)[inner]
+
+    def _decode(self, stored: Stored, window: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        rows, columns = window
+        wide = dtype if dtype.name in ("float32", "bfloat16") else np.dtype(np.float32)
+        scales = self.files.fetch(stored.scale)
+        if stored.kind == "fp8":
+            codes = self.files.fetch(stored.name, (*stored.index, rows))[:, columns]
+            part = quant.decode_fp8(codes, scales, wide, row0=rows.start, col0=columns.start)
+        else:
+            even = slice(columns.start // 2, -(-columns.stop // 2))
+            packed = self.files.fetch(stored.name, (*stored.index, rows))[:, even]
+            part = quant.decode_fp4(packed, scales, wide, row0=rows.start, col0=2 * even.start)
+            part = part[:, columns.start - 2 * even.start :][:, : columns.stop - columns.start]
+        return part.astype(dtype, copy=False)
+
+    def scale_dtype(self, tensor: HubTensor) -> str:
+        """Dtype of a quantised weight's scales, as spelled in the file."""
+        return self.files.tensors[self.stored[tensor.name].scale].dtype
+
+    def hub_files(self) -> Path | None:
+        """Folder with the small files beside the weights: this one."""
+        return self.path
+
+    def read_codes(self, tensor: HubTensor) -> tuple[np.ndarray, np.ndarray]:
+        """(codes, scales) of a quantised weight exactly as stored, in the Hub's layout."""
+        stored = self.stored[tensor.name]
+        return self.files.fetch(stored.name, stored.index), self.files.fetch(stored.scale)
+
+
+def _narrow_index(
+    index: tuple[int | slice, ...], window: tuple[slice, ...]
+) -> tuple[int | slice, ...]:
+    """The index of a window inside an indexed piece."""
+    entries, dims = list(index), list(window)
+    for position, entry in enumerate(entries):
+        if isinstance(entry, slice):
+            inner, start = dims.pop(0), entry.start or 0
+            entries[position] = slice(start + inner.start, start + inner.stop)
+    return (*entries, *dims)
+
+
+def find_family(path: Path) -> zoo.ModelSpec:
+    """The zoo's model whose Hub configs are like the folder's, by `model_type`; of several sizes the first.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, what was found and what is known.
+    """
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing; it says which model the safetensors hold")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON: {error}") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    known = {}
+    for name in reversed(zoo.names()):
+        spec = zoo.get(name)
+        if spec.hub_model_type is not None:
+            known[spec.hub_model_type] = spec
+    if kind not in known:
+        raise ValueError(f"{file}: model_type {kind!r}, supported: {', '.join(sorted(known))}")
+    return known[kind]
+
+
+def check_size(config: Any, found: int, path: Path) -> None:
+    """Raises HubProblems for a config that describes absurdly more tensors than there are, before they are listed."""
+    described = getattr(config, "num_layers", 0) * getattr(config, "num_experts", 0) * 3
+    if described > MAX_UNFOUNDED_TENSORS + 10 * found:
+        raise HubProblems(
+            f"{path / CONFIG_NAME} describes {described:,} expert tensors, the files hold {found:,} tensors"
+        )
+
+
+def _find_places(
+    files: SafetensorsCheckpoint, family: zoo.ModelSpec
+) -> tuple[dict[str, _Place], list[str]]:
+    """Native name -> where it lies, and the problems of spelling."""
+    places: dict[str, _Place] = {}
+    problems = []
+    for name, info in files.tensors.items():
+        try:
+            pieces = family.hub_pieces(name, info.shape)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for native, index in pieces:
+            shape = np.broadcast_to(np.empty(()), info.shape)[index].shape
+            if native in places:
+                problems.append(f"{native}: found twice, as {places[native].name} and {name}")
+            places[native] = _Place(name, index, shape, info.dtype)
+    return places, problems
+
+
+def _without_absent_mtp(
+    config: Any, files: SafetensorsCheckpoint, places: Mapping[str, _Place]
+) -> Any:
+    """`transformers` saves no multi-token prediction although its config still announces it."""
+    announced = getattr(config, "num_mtp_layers", 0)
+    saved_by_transformers = any(name.startswith("model.") for name in files.tensors)
+    if not announced or not saved_by_transformers:
+        return config
+    if any(name.startswith("mtp.") for name in places):
+        return config
+    logger.warning(
+        "%s: config.json announces %d layers of multi-token prediction and the files have none, as "
+        "transformers saves them; loading without",
+        files.path,
+        announced,
+    )
+    return dataclasses.replace(config, num_mtp_layers=0, mtp_kind="mtp", dspark=None)
+
+
+def _match(tensor: HubTensor, places: Mapping[str, _Place]) -> tuple[Stored | None, list[str]]:
+    """How a weight is stored, and what is wrong with it."""
+    place = places.get(tensor.name)
+    if place is None:
+        return None, [f"{tensor.name}: missing, expected shape {list(tensor.shape)}"]
+    kind = KIND_OF_DTYPE.get(place.dtype, "plain") if tensor.scale_name is not None else "plain"
+    if tensor.storage == "i64":
+        allowed = INT_DTYPES
+    elif tensor.scale_name is None:
+        allowed = PLAIN_DTYPES
+    else:
+        allowed = (*PLAIN_DTYPES, *KIND_OF_DTYPE)
+    if place.dtype not in allowed:
+        expected = " or ".join(allowed)
+        return None, [f"{place.name}: found dtype {place.dtype}, expected {expected}"]
+    problems = []
+    expected = tensor.shape
+    if kind == "fp4" and place.dtype != "F4":
+        expected = (*tensor.shape[:-1], tensor.shape[-1] // 2)
+    if place.shape != expected:
+        problems.append(
+            f"{place.name}: found shape {list(place.shape)}, expected {list(expected)} as {place.dtype}"
+        )
+    scale = None
+    if kind != "plain":
+        scale, found = _match_scale(tensor, kind, places)
+        problems += found
+    return Stored(tensor, place.name, place.index, place.shape, place.dtype, kind, scale), problems
+
+
+def _match_scale(
+    tensor: HubTensor, kind: str, places: Mapping[str, _Place]
+) -> tuple[str | None, list[str]]:
+    place = places.get(tensor.scale_name)
+    if place is None:
+        return None, [f"{tensor.scale_name}: missing, and {tensor.name} is stored as {kind}"]
+    problems = []
+    expected = dataclasses.replace(tensor, storage=kind).stored()[1].shape
+    if place.shape != expected:
+        problems.append(
+            f"{place.name}: found shape {list(place.shape)}, expected {list(expected)} for {kind}"
+        )
+    if place.dtype not in SCALE_DTYPES[kind]:
+        problems.append(
+            f"{place.name}: found dtype {place.dtype}, expected {' or '.join(SCALE_DTYPES[kind])} for {kind}"
+        )
+    return place.name, problems
+
+
+def _mixed_storage(stored: Mapping[str, Stored]) -> list[str]:
+    """Experts of one array must be stored alike: a few that differ are a damaged conversion."""
+    groups: dict[tuple, list[Stored]] = {}
+    for entry in stored.values():
+        if ".experts." in entry.tensor.name:
+            groups.setdefault((entry.tensor.path, entry.tensor.index[:-1]), []).append(entry)
+    problems = []
+    for entries in groups.values():
+        counts = Counter(entry.dtype for entry in entries)
+        usual, number = counts.most_common(1)[0]
+        problems += [
+            f"{entry.name}: found dtype {entry.dtype}, expected {usual} as {number} of the {len(entries)} "
+            "weights beside it"
+            for entry in entries
+            if entry.dtype != usual
+        ]
+    return problems
+
+
+def _left_over(
+    table: list[HubTensor], places: Mapping[str, _Place], stored: Mapping[str, Stored]
+) -> list[str]:
+    used = {tensor.name for tensor in table}
+    used |= {s.tensor.scale_name for s in stored.values() if s.kind != "plain"}
+    # Scales of a weight that itself is wrong are not a second problem.
+    used |= {t.scale_name for t in table if t.scale_name is not None and t.name not in stored}
+    return [
+        f"{place.name}: left over, the model has no such tensor (shape {list(place.shape)})"
+        for native, place in places.items()
+        if native not in used
+    ]
