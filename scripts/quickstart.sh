@@ -52,6 +52,7 @@ EOF
 for folder in "$run" "$checkpoints"; do
     if [ -e "$folder" ]; then
         old="$folder.old-$(date +%Y%m%d-%H%M%S)"
+        while [ -e "$old" ]; do old="$old+"; done
         mv "$folder" "$old"
         echo "The earlier run in $folder is now in $old"
     fi

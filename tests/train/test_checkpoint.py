@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import logging
+import os
 import random
+import resource
 import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from fathom.step_folder import (
     read_payload,
 )
 from fathom.train import checkpoint as checkpoint_module
+from fathom.train import checkpoint_format
 from fathom.train.checkpoint import Checkpoints
 from fathom.train.checkpoint_model import load_model
 from fathom.train.manifest import checksums, config_differences, describe_run
@@ -119,7 +124,7 @@ def test_round_trip(tmp_path, made):
     for name, leaf in named_leaves(restored.state).items():
         wanted = named_leaves(program.state)[name].sharding
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
-    assert restored.data_state == DATA
+    assert restored.data_states == [DATA]
     payload = restored.payload
     assert payload["recipe"] == recipe.to_dict()
     assert payload["model"]["name"] == "toy-lm" and payload["model"]["config"]["taps"] == [1, 2]
@@ -251,6 +256,133 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_used(tmp_path, made, cap
     assert save_steps(tmp_path, made, [2]).steps() == [1, 2]
 
 
+def wrapped(error):
+    """As orbax raises it: inside an error about handlers."""
+
+    def load(folder, items):
+        try:
+            raise error
+        except type(error) as cause:
+            raise KeyError("Failed to load checkpointable: model due to incompatible handler") from cause
+
+    return load
+
+
+NOT_DAMAGE = [
+    ValueError("PERMISSION_DENIED: Error opening driver: Failed to open: Permission denied [os_error_code='13']"),
+    ValueError("RESOURCE_EXHAUSTED: Failed to open: Too many open files [os_error_code='24']"),
+    ValueError("UNKNOWN: Error reading file: Input/output error [os_error_code='5']"),
+    ValueError("Failed to open: File name too long [os_error_code='36']"),
+    ValueError("UNAVAILABLE: CURL error: could not connect"),
+    ValueError("DEADLINE_EXCEEDED: no answer in 60 s"),
+    ValueError("INTERNAL: HTTP response code 500"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"),
+    MemoryError(),
+    PermissionError(13, "Permission denied"),
+    OSError(24, "Too many open files"),
+    TimeoutError("Timeout waiting at barrier"),
+]
+
+
+@pytest.mark.parametrize("error", NOT_DAMAGE, ids=lambda error: str(error)[:20])
+def test_a_step_that_cannot_be_read_now_is_no_damaged_step(tmp_path, made, monkeypatch, error):
+    save_steps(tmp_path, made, [1, 2])
+    monkeypatch.setattr(checkpoint_format.ocp, "load_checkpointables", wrapped(error))
+    with pytest.raises(CheckpointError, match="2 cannot be read here and now .* then start again") as caught:
+        Checkpoints(tmp_path).restore(made[1].state)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+    assert f"({type(error).__name__}: {error})" in str(caught.value)
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    monkeypatch.undo()
+    monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
+    assert int(Checkpoints(tmp_path).restore(made[1].state).state.step) == 2
+
+
+DAMAGE = [
+    ValueError("DATA_LOSS: CRC-32C checksum verification failed"),
+    ValueError("OUT_OF_RANGE: Requested byte range [26353, 28382) is not valid for value of size 24448"),
+    ValueError("FAILED_PRECONDITION: Error reading shard entry {0, 0}/{1, 1}"),
+    ValueError("NOT_FOUND: Failed to open [os_error_code='2']"),
+    ValueError("Error opening driver: Error parsing object member"),  # INVALID_ARGUMENT has no code
+    json.JSONDecodeError("Expecting value", "", 0),
+    FileNotFoundError("Metadata file (named _METADATA) does not exist"),
+    KeyError("value_type"),
+]
+
+
+@pytest.mark.parametrize("error", DAMAGE, ids=lambda error: str(error)[:20])
+def test_a_step_that_is_damaged_is_set_aside(tmp_path, made, monkeypatch, error):
+    save_steps(tmp_path, made, [1])
+    monkeypatch.setattr(checkpoint_format.ocp, "load_checkpointables", wrapped(error))
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        Checkpoints(tmp_path).restore(made[1].state)
+    assert [path.name for path in tmp_path.iterdir()] == ["1.corrupt"]
+
+
+@contextlib.contextmanager
+def open_files_left(count):
+    """Room for so many more open files than there are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    while taken[-1] < highest:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1 + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in taken:
+            os.close(file)
+
+
+def test_too_many_open_files_condemn_no_step(tmp_path, made):
+    save_steps(tmp_path, made, [1, 2])
+    Checkpoints(tmp_path).restore(made[1].state)  # what is imported late is imported now
+    causes = []
+    for count in range(1, 12):
+        with open_files_left(count):
+            try:
+                Checkpoints(tmp_path).restore(made[1].state)
+            except CheckpointError as error:
+                causes.append(str(error))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], causes
+    assert len(causes) >= 3 and all("Too many open files" in cause for cause in causes)
+
+
+@contextlib.contextmanager
+def without_privileges():
+    """As a user whom file permissions bind; root is not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["2", "2/_CHECKPOINT_METADATA", "2/model", "2/model/_METADATA", "2/train/d"])
+def test_files_of_another_user_condemn_no_step(made, closed):
+    """Orbax finds that such a file "does not exist"."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    try:
+        folder.chmod(0o777)
+        save_steps(folder, made, [1, 2])
+        Checkpoints(folder).restore(made[1].state)
+        (folder / closed).chmod(0)
+        with (
+            without_privileges(),
+            pytest.raises(CheckpointError, match="2 cannot be read here and now .*Permission denied"),
+        ):
+            Checkpoints(folder).restore(made[1].state)
+        assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    finally:
+        (folder / closed).chmod(0o700)
+        shutil.rmtree(folder)
+
+
 def test_no_sound_step_is_an_error_not_a_fresh_start(tmp_path, made):
     save_steps(tmp_path, made, [1])
     truncate(tmp_path / "1")
@@ -325,13 +457,6 @@ def test_config_differences_are_listed(tmp_path, made):
         "model.config.taps: [1, 2] in the checkpoint, [1, 3] in the recipe",
         "model.config.vocab_size: 264 in the checkpoint, 300 in the recipe",
     ]
-
-
-def test_data_order_of_another_process_count_is_refused(tmp_path, made, monkeypatch):
-    save_steps(tmp_path, made, [1])
-    payload = {"data_states": [DATA, DATA]}
-    with pytest.raises(CheckpointError, match="belongs to 2 processes, this run has 1"):
-        checkpoint_module._own_data_state(payload)
 
 
 @pytest.mark.parametrize("place", ["run", "checkpoints", "step"])

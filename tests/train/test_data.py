@@ -337,6 +337,18 @@ def test_the_state_of_another_shard_is_refused(folder):
         open_loader(folder, shard=(0, 2)).set_state(state)
 
 
+def test_a_loader_finds_the_state_of_its_shard(folder):
+    """Processes may be more than shards, and come in any order."""
+    states = [open_loader(folder, shard=(index, 2)).get_state() for index in (1, 1, 0, 0)]
+    for index in range(2):
+        assert open_loader(folder, shard=(index, 2)).own_state(states)["shard_index"] == index
+    with pytest.raises(DataError, match="data order: of 2 shards .* in the checkpoint, of 4 now; resume with as many"):
+        open_loader(folder, shard=(0, 4)).own_state(states)
+    for broken in ([], [{}], [None]):
+        with pytest.raises(DataError, match="states are not those of loaders"):
+            open_loader(folder).own_state(broken)
+
+
 def test_a_state_of_other_content_is_refused(folder):
     """Same names and sizes, one byte changed; and the same data somewhere else."""
     state = open_loader(folder).get_state()

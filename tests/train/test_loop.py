@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import signal
 import sys
@@ -13,9 +14,11 @@ import yaml
 
 import fathom
 from fathom import zoo
+from fathom.mesh import batch_sharding, make_mesh
 from fathom.recipe import load_recipe
-from fathom.step_folder import CheckpointError
-from fathom.train import data, loop
+from fathom.recipe_checks import RecipeError
+from fathom.step_folder import CheckpointError, read_payload
+from fathom.train import checkpoint, data, loop, report
 from fathom.train.checkpoint_model import load_model
 from fathom.train.loop import NonFiniteError, train
 from fathom.train.metrics import read_metrics
@@ -114,6 +117,31 @@ def test_a_bad_step_due_for_saving_is_not_saved(tmp_path, toy, monkeypatch):
     assert [p.name for p in (recipe.run_dir / "checkpoints").iterdir()] == ["3"]
 
 
+def interrupt(batch):
+    raise KeyboardInterrupt
+
+
+def fail_to_draw(run_dir):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("action", [runs.mark, interrupt])
+def test_the_loss_is_drawn_however_a_run_ends(tmp_path, toy, monkeypatch, caplog, action):
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
+    at_steps(monkeypatch, {4: action})
+    ending = KeyboardInterrupt if action is interrupt else NonFiniteError
+    recipe = make_recipe(tmp_path, checkpoint__every=2)
+    with pytest.raises(ending):
+        train(recipe)
+    assert (recipe.run_dir / "loss.png").stat().st_size > 1000
+
+    at_steps(monkeypatch, {5: action})  # resumed; the picture fails, and does not hide why the run did
+    monkeypatch.setattr(report, "plot_loss", fail_to_draw)
+    with pytest.raises(ending):
+        train(make_recipe(tmp_path, "other", checkpoint__every=2))
+    assert "loss.png is not drawn: [Errno 28]" in caplog.text
+
+
 def test_some_bad_steps_in_a_row_may_be_skipped(tmp_path, toy, monkeypatch):
     monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
     recipe = make_recipe(tmp_path, train__skip_nonfinite=2)
@@ -175,6 +203,40 @@ def test_a_checkpoint_folder_that_cannot_be_written(tmp_path, toy, monkeypatch):
         train(recipe)
 
 
+def refuse_programs(monkeypatch):
+    monkeypatch.setattr(loop, "make_program", lambda *a: pytest.fail("too late: making the program"))
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, toy, monkeypatch):
+    refuse_programs(monkeypatch)
+    (tmp_path / "file").write_text("")
+    recipe = make_recipe(
+        tmp_path,
+        metrics__directory=str(tmp_path / "file" / "run"),
+        checkpoint__directory=str(tmp_path / "checkpoints"),
+    )
+    with pytest.raises(ValueError, match=r"file/run: cannot write metrics\.jsonl .*set metrics\.directory"):
+        train(recipe)
+
+
+def test_wandb_that_is_not_installed(tmp_path, toy, monkeypatch):
+    refuse_programs(monkeypatch)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"asks for wandb .*install fathom-jax\[wandb\]"):
+        train(make_recipe(tmp_path, metrics__wandb={"project": "p"}))
+
+
+def test_data_order_of_another_number_of_shards_is_refused(tmp_path, toy, monkeypatch):
+    train(make_recipe(tmp_path, train__steps=2))
+    payload = read_payload(tmp_path / "run" / "checkpoints" / "2")
+    (state,) = payload["data_states"]
+    payload["data_states"] = [{**state, "shard_count": 2, "shard_index": index} for index in range(2)]
+    monkeypatch.setattr(checkpoint, "read_payload", lambda folder: payload)
+    monkeypatch.setattr(checkpoint, "load_items", lambda *a: pytest.fail("too late: reading arrays"))
+    with pytest.raises(CheckpointError, match=r"1 differences:\n  data order: of 2 shards .* of 1 now; resume with"):
+        train(make_recipe(tmp_path, train__steps=4))
+
+
 def test_resuming_another_model_is_refused(tmp_path, toy, monkeypatch):
     train(make_recipe(tmp_path, train__steps=2))
     refuse_compilation(monkeypatch)
@@ -213,6 +275,59 @@ def test_a_new_run_over_an_old_one_is_refused(tmp_path, toy, monkeypatch):
     refuse_compilation(monkeypatch)
     with pytest.raises(CheckpointError, match=r"already holds steps \[2\]"):
         train(make_recipe(tmp_path, checkpoint__resume=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+class SpreadOver:
+    """A sharding of eight devices, as if they belonged to several processes: device i to process `owners[i]`."""
+
+    def __init__(self, sharding, owners):
+        self._sharding, self._owners = sharding, owners
+
+    def devices_indices_map(self, shape):
+        rows = self._sharding.devices_indices_map(shape).items()
+        return {Device(device.id, self._owners[device.id]): index for device, index in rows}
+
+
+def shards(tmp_path, mesh, owners):
+    axes = {f"mesh__{axis}": mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context")}
+    recipe = make_recipe(tmp_path, **axes)
+    sharding = batch_sharding(make_mesh(mesh), toy_model.TOY.preset("default"))
+    return [loop.row_shard(recipe, SpreadOver(sharding, owners), process) for process in range(max(owners) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "owners", "expected"),
+    [
+        ({"fsdp": 8}, [0] * 8, [(0, 1)]),
+        ({"fsdp": 8}, [0, 0, 0, 0, 1, 1, 1, 1], [(0, 2), (1, 2)]),
+        ({"data": 2, "fsdp": 4}, [1, 1, 1, 1, 0, 0, 0, 0], [(1, 2), (0, 2)]),
+        ({"tensor": 8}, [0, 0, 0, 0, 1, 1, 1, 1], [(0, 1), (0, 1)]),
+        ({"fsdp": 2, "tensor": 4}, [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ({"fsdp": 4, "context": 2}, [0, 1, 2, 3, 4, 5, 6, 7], [(i // 2, 4) for i in range(8)]),
+        # The hosts of a torus: neighbours in space, not in the mesh.
+        ({"fsdp": 8}, [0, 0, 1, 1, 0, 0, 1, 1], [(0, 2), (1, 2)]),
+    ],
+)
+def test_processes_read_the_rows_that_their_devices_hold(tmp_path, toy, mesh, owners, expected):
+    assert shards(tmp_path, mesh, owners) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "owners", "found"),
+    [
+        ({"fsdp": 4, "tensor": 2}, [0, 0, 0, 1, 1, 1, 1, 0], "process 0: 0 to 1 and 2 to 3 and 6 to 7, process 1: 2 to"),
+        ({"fsdp": 4, "tensor": 2}, [0, 0, 0, 0, 0, 0, 1, 1], "0 to 1 and 2 to 3 and 4 to 5, process 1: 6 to 7"),
+    ],
+)
+def test_unequal_rows_are_refused(tmp_path, toy, mesh, owners, found):
+    with pytest.raises(RecipeError, match=f"mesh: found .*{found}.*; expected that any two processes .*; fix: change"):
+        shards(tmp_path, mesh, owners)
 
 
 def test_data_that_ends_is_an_error():

@@ -20,6 +20,7 @@ from fathom.train.metrics import (
     ProgressBar,
     make_progress,
     plot_loss,
+    probe_metrics,
     read_metrics,
 )
 
@@ -124,8 +125,20 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"metrics\.directory"):
-        MetricWriter(tmp_path / "file" / "run")
+    for make in (MetricWriter, probe_metrics):
+        with pytest.raises(ValueError, match=r"metrics\.directory"):
+            make(tmp_path / "file" / "run")
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)  # any file that cannot be opened
+    with pytest.raises(ValueError, match=r"run: cannot write metrics\.jsonl"):
+        probe_metrics(tmp_path / "run")
+
+
+def test_a_probe_leaves_nothing_behind(tmp_path):
+    write_run(tmp_path / "run", [1, 2])
+    before = lines_of(tmp_path / "run")
+    probe_metrics(tmp_path / "run")
+    assert lines_of(tmp_path / "run") == before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
 def events_of(folder):
@@ -189,10 +202,25 @@ def test_wandb_only_if_asked_and_the_same_run_after_a_resume(tmp_path, monkeypat
     assert wandb.logged[-1] == (3, {"loss": 7.0})
 
 
-def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+def test_a_new_run_in_an_old_folder_is_a_new_wandb_run(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    block = {"project": "p"}
+    write_run(tmp_path, [1], wandb=block)
+    write_run(tmp_path, [1], wandb=block)
+    write_run(tmp_path, [2], wandb=block, resume_step=1)
+    write_run(tmp_path, [1])  # a new run without wandb, to which it comes later
+    write_run(tmp_path, [2], wandb=block, resume_step=1)
+    first, second, resumed, third = [run["id"] for run in wandb.started]
+    assert second == resumed and len({first, second, third}) == 3
+    assert (tmp_path / "wandb_id.1").read_text() == first and (tmp_path / "wandb_id").read_text() == third
+
+
+@pytest.mark.parametrize("make", [MetricWriter, probe_metrics])
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch, make):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"fathom-jax\[wandb\]"):
-        MetricWriter(tmp_path, wandb={"project": "p"})
+        make(tmp_path, wandb={"project": "p"})
 
 
 def test_one_line_every_n_steps_and_one_at_the_end():

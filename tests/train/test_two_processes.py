@@ -1,47 +1,69 @@
-"""Two processes: one gets SIGTERM, both stop at the same step; resumed, they end as if undisturbed."""
+"""Two processes: both stop at the same step, feed the same rows where they hold the same, and fail together."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fathom.distributed import ADDRESS, COUNT, INDEX
+from fathom.step_folder import read_payload
 from tests.train.runs import history, make_recipe, steps_on_disk, write_text
 
+CURVES = ("loss", "grad_norm", "batch_hash")
 
-def run_both(folder, term_step):
+
+def start(folder, count, **options):
+    """Starts `count` processes of a run; gives them, and the files their results go to."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.train.two_processes"]
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen(
-            [*command, str(index), str(port), str(folder), str(term_step)],
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    processes, results = [], []
+    for index in range(count):
+        results.append(folder / f"result-{index}.json")
+        results[-1].unlink(missing_ok=True)
+        settings = {ADDRESS: f"localhost:{port}", COUNT: str(count), INDEX: str(index)}
+        processes.append(
+            subprocess.Popen(
+                [*command, str(results[-1]), str(folder), json.dumps(options)],
+                cwd=Path(__file__).parents[2],
+                env=os.environ | (settings if count > 1 else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
-        for index in range(2)
-    ]
+    return processes, results
+
+
+def finish(started, timeout=300):
+    """The results of started processes."""
+    processes, results = started
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
-    return [json.loads((folder / f"result-{index}.json").read_text()) for index in range(2)]
+    return [json.loads(result.read_text()) for result in results]
+
+
+def run_both(folder, term_step):
+    return finish(start(folder, 2, devices=4, term_step=term_step))
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     for name in ("broken", "straight"):
         write_text(tmp_path / name / "text")
     one, other = run_both(tmp_path / "broken", term_step=7)
-    assert one == other
+    assert one == other and one["processes"] == 2
     assert one["preempted"] and 7 <= one["step"] <= 9
     broken = make_recipe(tmp_path / "broken")
     assert steps_on_disk(broken) == [5, one["step"]]
@@ -50,5 +72,64 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     assert [end["step"] for end in ends] == [12] * 4
     assert len({end["loss"] for end in ends}) == 1
     straight = make_recipe(tmp_path / "straight")
-    names = ("loss", "grad_norm", "batch_hash")
-    assert history(broken, *names) == history(straight, *names)
+    assert history(broken, *CURVES) == history(straight, *CURVES)
+
+
+def same_rows(devices, **axes):
+    """Options of a short run on a mesh whose axes of more than one device cut no rows."""
+    mesh = {f"mesh__{axis}": axes.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context")}
+    return {"devices": devices, "recipe": {"train__steps": 6, "checkpoint__every": 3, **mesh}}
+
+
+def data_states(folder, step):
+    return read_payload(folder / "run" / "checkpoints" / str(step))["data_states"]
+
+
+def test_processes_that_hold_the_same_rows_read_the_same_rows(tmp_path):
+    """`tensor` spans both processes: the run is that of one process, bit for bit, also when it is interrupted."""
+    for name in ("one", "two"):
+        write_text(tmp_path / name / "text")
+    alone = start(tmp_path / "one", 1, **same_rows(2, tensor=2))
+    both = same_rows(1, tensor=2)
+    both["recipe"]["train__stop_at"] = 3
+    assert [end["step"] for end in finish(start(tmp_path / "two", 2, **both))] == [3, 3]
+    states = data_states(tmp_path / "two", 3)
+    assert len(states) == 2 and states[0] == states[1] and states[0]["step"] == 3
+
+    ends = finish(alone) + finish(start(tmp_path / "two", 2, **same_rows(1, tensor=2)))
+    assert [(end["processes"], end["step"]) for end in ends] == [(1, 6), (2, 6), (2, 6)]
+    one, two = (history(make_recipe(tmp_path / name), *CURVES) for name in ("one", "two"))
+    assert one == two
+    assert data_states(tmp_path / "two", 6) == 2 * data_states(tmp_path / "one", 6)
+
+
+@pytest.mark.parametrize(
+    ("devices", "axis", "tolerance"),
+    # The sums of eight devices are taken in another order when four of them are in each process.
+    [(1, "context", 0), (4, "tensor", 1e-6)],
+)
+def test_rows_are_the_same_on_other_meshes(tmp_path, devices, axis, tolerance):
+    for name in ("one", "two"):
+        write_text(tmp_path / name / "text")
+    alone = start(tmp_path / "one", 1, **same_rows(2 * devices, **{axis: 2 * devices}))
+    finish(start(tmp_path / "two", 2, **same_rows(devices, **{axis: 2 * devices})))
+    finish(alone)
+    one, two = (history(make_recipe(tmp_path / name), *CURVES) for name in ("one", "two"))
+    assert one["step"] == two["step"] == [1, 2, 3, 4, 5, 6]
+    assert one["batch_hash"] == two["batch_hash"]
+    for name in ("loss", "grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=tolerance, abs=0)
+
+
+def test_what_one_process_meets_is_an_error_in_both(tmp_path):
+    write_text(tmp_path / "text")
+    recipe = {"train__steps": 2, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 1}
+    one, other = finish(start(tmp_path, 2, devices=1, hinder=True, recipe=recipe), timeout=120)
+    (metrics, step), (metrics_elsewhere, step_elsewhere) = one["errors"], other["errors"]
+    assert metrics[0] == metrics_elsewhere[0] == "ValueError"
+    assert "file/run: cannot write metrics.jsonl" in metrics[1]
+    assert metrics_elsewhere[1] == f"process 0: {metrics[1]}"
+    assert step[0] == step_elsewhere[0] == "CheckpointError"
+    assert "checkpoints/2 cannot be read here and now (ValueError: PERMISSION_DENIED" in step_elsewhere[1]
+    assert step[1] == f"process 1: {step_elsewhere[1]}"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]

@@ -1,6 +1,10 @@
-"""One of two processes, with four devices each, of a toy run; SIGTERM reaches the second one only.
+"""One process of a toy run: of two where the environment says so (see fathom.distributed), else alone.
 
-    python -m tests.train.two_processes INDEX PORT FOLDER TERM_STEP
+    python -m tests.train.two_processes RESULT FOLDER OPTIONS
+
+Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
+`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "hinder": True for what
+only one process meets, see `hindered`.
 """
 
 import json
@@ -10,28 +14,60 @@ from pathlib import Path
 import jax
 
 from fathom import zoo
-from fathom.train import loop
+from fathom.distributed import initialize_distributed
+from fathom.train import checkpoint_format, loop
 from tests.train import runs, toy_model
 
 
-def main(index: int, port: int, folder: Path, term_step: int) -> None:
+def main(result_file: Path, folder: Path, options: dict) -> None:
+    several = initialize_distributed()
+    assert initialize_distributed() is several
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 4)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    jax.config.update("jax_num_cpu_devices", options["devices"])
     zoo.register(toy_model.TOY)
+    recipe = runs.make_recipe(folder, **options.get("recipe", {}))
+    values = hindered(folder, recipe) if options.get("hinder") else run(recipe, options.get("term_step", 0))
+    result_file.write_text(json.dumps({"processes": jax.process_count(), **values}))
+
+
+def run(recipe, term_step: int) -> dict:
     original = loop.next_batch
 
     def next_batch(loader, step):
-        if index == 1 and step == term_step:
+        if jax.process_index() == 1 and step == term_step:
             runs.sigterm(None)
         return original(loader, step)
 
     loop.next_batch = next_batch
-    result = loop.train(runs.make_recipe(folder))
-    values = {"step": result.step, "preempted": result.preempted, "loss": result.metrics["loss"]}
-    (folder / f"result-{index}.json").write_text(json.dumps(values))
+    result = loop.train(recipe)
+    return {"step": result.step, "preempted": result.preempted, "loss": result.metrics["loss"]}
+
+
+def hindered(folder: Path, recipe) -> dict:
+    """The errors of runs in which the first process cannot write metrics, then the second cannot read a step."""
+    (folder / "file").write_text("")
+    elsewhere = recipe.metrics.model_copy(update={"directory": str(folder / "file" / "run")})
+    checkpoint = recipe.checkpoint.model_copy(update={"directory": recipe.checkpoint_dir})
+    errors = [error_of(recipe.model_copy(update={"metrics": elsewhere, "checkpoint": checkpoint}))]
+    loop.train(recipe)
+    original = checkpoint_format.ocp.load_checkpointables
+
+    def load(path, items):
+        if jax.process_index() == 1:
+            raise KeyError("handlers") from ValueError("PERMISSION_DENIED: Failed to open")
+        return original(path, items)
+
+    checkpoint_format.ocp.load_checkpointables = load
+    return {"errors": [*errors, error_of(recipe)]}
+
+
+def error_of(recipe) -> list[str]:
+    try:
+        loop.train(recipe)
+    except ValueError as error:
+        return [type(error).__name__, str(error)]
+    return ["none", ""]
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -6,6 +6,7 @@ float32; streams are stored in the compute dtype. Letters: n streams, D hidden, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -46,14 +47,59 @@ def sinkhorn(logits_nnBS: jax.Array, iterations: int, eps: float) -> jax.Array:
     Returns:
       float32 [n, n, B, S], nearly doubly stochastic, last normalised over i.
     """
-    comb = jax.nn.softmax(logits_nnBS, axis=1) + eps
-    comb = comb / (jnp.sum(comb, axis=0, keepdims=True) + eps)
+    comb = _normalise(_softmax(logits_nnBS) + eps, 0, eps)
 
     def round_(comb: jax.Array, _: None) -> tuple[jax.Array, None]:
-        comb = comb / (jnp.sum(comb, axis=1, keepdims=True) + eps)
-        return comb / (jnp.sum(comb, axis=0, keepdims=True) + eps), None
+        return _normalise(_normalise(comb, 1, eps), 0, eps), None
 
     return jax.lax.scan(round_, comb, None, length=iterations - 1)[0]
+
+
+# The gradient of a normalisation ignores the part of the cotangent that is constant along the normalised axis. Where
+# streams are equal, as before the first layer, that part is nearly all of it, and the usual form cancels it by
+# rounding alone: what is left is noise. Below it is taken out first, exactly.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _normalise(comb: jax.Array, axis: int, eps: float) -> jax.Array:
+    """comb / (sum of comb along an axis + eps)."""
+    return comb / (jnp.sum(comb, axis=axis, keepdims=True) + eps)
+
+
+def _normalise_forward(comb, axis, eps):
+    total = jnp.sum(comb, axis=axis, keepdims=True) + eps
+    out = comb / total
+    return out, (out, total)
+
+
+def _normalise_backward(axis, eps, saved, cotangent):
+    out, total = saved
+    level = jnp.mean(cotangent, axis=axis, keepdims=True)
+    rest = cotangent - level
+    # 1 - sum(out) = eps / total, which the subtraction itself could not tell from rounding.
+    return ((rest - jnp.sum(rest * out, axis=axis, keepdims=True) + level * (eps / total)) / total,)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@jax.custom_vjp
+def _softmax(logits_nnBS: jax.Array) -> jax.Array:
+    """Softmax over the columns j."""
+    return jax.nn.softmax(logits_nnBS, axis=1)
+
+
+def _softmax_forward(logits_nnBS):
+    out = _softmax(logits_nnBS)
+    return out, out
+
+
+def _softmax_backward(out, cotangent):
+    rest = cotangent - jnp.mean(cotangent, axis=1, keepdims=True)
+    return (out * (rest - jnp.sum(rest * out, axis=1, keepdims=True)),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def collapse(pre_nBS: jax.Array, streams_BSnD: jax.Array) -> jax.Array:

@@ -140,7 +140,10 @@ def reading(folder: epath.Path) -> Iterator[None]:
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).partition(" [tensorstore_spec")[0].split())
+    if len(text) > 400:  # begins with what was tried and ends with what stopped it
+        text = f"{text[:100]} ... {text[-300:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def _root(error: BaseException) -> BaseException:

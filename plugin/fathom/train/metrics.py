@@ -96,6 +96,7 @@ class MetricWriter:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if resume_step is None:
                 _set_aside(path)
+                _set_aside(self.run_dir / WANDB_ID_FILE)
             else:
                 drop_after(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
@@ -111,10 +112,7 @@ class MetricWriter:
                 filename_suffix=f".{resume_step or 0}",
             )
         if wandb_module is not None:
-            id_file = self.run_dir / WANDB_ID_FILE
-            if resume_step is None:
-                _set_aside(id_file)
-            self._wandb_run = _start_wandb(wandb_module, wandb, id_file, config)
+            self._wandb_run = _start_wandb(wandb_module, wandb, self.run_dir, config)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one step: scalars or arrays of numbers; nested mappings join with "/".
@@ -183,9 +181,9 @@ def _import_wandb() -> Any:
         ) from error
 
 
-def _start_wandb(module: Any, block: Any, id_file: Path, config: Mapping[str, Any] | None) -> Any:
+def _start_wandb(module: Any, block: Any, run_dir: Path, config: Mapping[str, Any] | None) -> Any:
     """A run whose id is kept in the run folder: a resumed run continues the same curves."""
-    run_dir = id_file.parent
+    id_file = run_dir / WANDB_ID_FILE
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     fields = dict(block) if isinstance(block, Mapping) else vars(block)

@@ -224,10 +224,16 @@ class Attention(nnx.Module):
             query_chunk=self.options.query_chunk,
         )
         out = apply_rope(checkpoint_name(out, "attention"), head_rope, inverse=True)
-        # Groups first: a batched product whose batch is elsewhere does not run in bfloat16 on a CPU.
-        groups = jnp.moveaxis(out.reshape(*out.shape[:2], c.o_groups, -1), 2, 0)
-        latent = self.wo_a.contract("gbsk,gko->gbso", groups)
-        return self.wo_b.contract("gbso,god->bsd", latent)
+        groups = out.reshape(*out.shape[:2], c.o_groups, -1)
+        return self.wo_b.contract("bsgo,god->bsd", self._project_groups(groups))
+
+    def _project_groups(self, groups_BSGK: jax.Array) -> jax.Array:
+        """Each group of heads through its own matrix: [B, S, G, O]."""
+        if groups_BSGK.dtype == jnp.float32:
+            return self.wo_a.contract("bsgk,gko->bsgo", groups_BSGK)
+        # Groups first: XLA's CPU has no bfloat16 product whose batch dimension stands elsewhere.
+        latent = self.wo_a.contract("gbsk,gko->gbso", jnp.moveaxis(groups_BSGK, 2, 0))
+        return jnp.moveaxis(latent, 0, 2)
 
     def _compressed(
         self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs
