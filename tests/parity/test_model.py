@@ -139,13 +139,12 @@ def test_whole_model(schedule, seed, tmp_path):
     mine = {t.name: t.to_hub(flat[t.path][t.index]) for t in hub_tensors(ours.config) if t.path in flat}
     assert set(mine) == set(exact) and len(exact) > 100
     for name, expected in exact.items():
-        # Layer 0 reads four equal streams, so two of its three mixing factors have a gradient that is zero but for
-        # rounding, and the reference's own float32 is off by 1e-4 there. We were seen at 6 times that: 8 is allowed.
-        limit = max(5e-5, 8 * relative(single[name], expected))
+        # A mixing factor's gradient is one sum over all tokens and streams, whose terms cancel: before layer 0, which
+        # reads four equal streams, to a ten-thousandth. There the reference's own float32 is off by 1e-4, ours was
+        # seen at up to 2.4 times that; of all other factors of all seeds one was seen at 5.3e-5.
+        limit = max(6e-5, 3 * relative(single[name], expected)) if name.endswith("_scale") else 5e-5
         error = relative(mine[name], expected)
-        assert error < limit, f"{name}: relative L2 error {error:.1e}"
-        if error > 5e-5:
-            assert name.startswith("layers.0.hc_attn_"), name
+        assert error < limit, f"{name}: relative L2 error {error:.1e}, limit {limit:.1e}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""When a process looks for others, and what it says when the settings make no sense; joining is in test_two_processes."""
+"""When a process looks for others, and what it says of settings that make no sense; they meet in test_two_processes."""
 
 from __future__ import annotations
 
