@@ -130,18 +130,18 @@ def test_steps_and_folders_follow_the_overrides(stand_in, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("python", "words"),
+    ("change", "words"),
     [
-        ('case "$2" in *print*) echo "Python 3.9";; *) exit 1;; esac', "is Python 3.9, Fathom needs 3.11 or newer"),
-        ('case "$2" in *venv*) exit 1;; *print*) echo "Python 3.12";; esac', "has no venv module; install it"),
+        ("sys.version_info = (3, 10, 14)", "is Python 3.10, Fathom needs 3.11 or newer"),
+        ("sys.modules['venv'] = None", "has no venv module; install it"),
         (None, "does not run; install Python 3.11 or newer"),
     ],
     ids=["too old", "without venv", "not there"],
 )
-def test_a_python_that_will_not_do_gets_one_clear_line(tmp_path, python, words):
+def test_a_python_that_will_not_do_gets_one_clear_line(tmp_path, change, words):
     path = tmp_path / "python3"
-    if python is not None:
-        path.write_text(f"#!/bin/sh\n{python}\n")
+    if change is not None:  # this Python, spoilt before it runs what follows -c
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; {change}; $2"\n')
         path.chmod(0o755)
     done = quickstart(FATHOM_VENV=str(tmp_path / "venv"), PYTHON=str(path))
     assert done.returncode == 1 and done.stdout == ""

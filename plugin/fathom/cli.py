@@ -137,7 +137,10 @@ def run_train(arguments: argparse.Namespace) -> int:
     from fathom.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Before anything can start a backend: simulated devices cannot be changed afterwards.
+    from fathom.distributed import initialize_distributed
+
+    # Both before anything can start a backend: what it runs on cannot be changed afterwards.
+    initialize_distributed()
     recipe.use_simulated_devices()
     from fathom.train.loop import train
 

@@ -67,7 +67,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def simulate_devices(count: int) -> None:
-    """Splits the CPU into `count` simulated devices; call it before anything uses a jax backend.
+    """Splits this process's CPU into `count` simulated devices; call it before anything uses a jax backend.
 
     Raises:
       ValueError: when jax already runs with other devices, which a process cannot change.
@@ -81,7 +81,7 @@ def simulate_devices(count: int) -> None:
     with contextlib.suppress(RuntimeError):  # a backend is in use: whether it has the devices is checked below
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
-    found = jax.devices()
+    found = jax.local_devices()
     if len(found) != count or found[0].platform != "cpu":
         raise ValueError(
             f"{count} simulated CPU devices asked for, and jax already runs with {len(found)} "

@@ -302,7 +302,7 @@ def test_every_fault_of_the_source_at_once_and_before_any_write(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("layers.0.attn.wq_a.scale", np.full((1, 1), 255, np.uint8), "layers.0.attn.wq_a.scale: 1 of 1 scales are wrong"),
+        ("layers.0.attn.wq_a.scale", np.full((1, 1), 255, np.uint8), "wq_a.scale: 1 of 1 scales are wrong"),
         ("layers.0.ffn.gate.tid2eid", np.full((264, 2), 8), "found values 8 to 8, expected 0 to 7"),
     ],
 )

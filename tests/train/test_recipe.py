@@ -228,6 +228,11 @@ def test_values_of_another_type_are_refused(tmp_path, capsys, override, found, f
     assert fix in capsys.readouterr().err
 
 
+def test_a_wrong_axis_says_nothing_of_the_others():
+    # With the default in its place the product would not be the number of simulated devices.
+    assert set(problems_of(load_recipe, "tiny-v4-cpu", ["mesh.data=2.0"])) == {"mesh.data"}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
