@@ -453,8 +453,8 @@ def _zoo_name(spec: zoo.ModelSpec) -> str:
         # How a file stores its experts does not make it another model.
         return {k: v for k, v in dataclasses.asdict(config).items() if k != "expert_dtype"}
 
-    for name in zoo.names():
-        known = zoo.get(name).config
+    for name, other in zoo.all_specs()[0].items():
+        known = other.config
         if type(known) is type(spec.config) and core(known) == core(spec.config):
             return name
     return spec.name

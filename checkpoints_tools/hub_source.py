@@ -215,8 +215,7 @@ def find_family(path: Path) -> zoo.ModelSpec:
         raise ValueError(f"{file}: not readable as JSON: {error}") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     known = {}
-    for name in reversed(zoo.names()):
-        spec = zoo.get(name)
+    for spec in reversed(zoo.all_specs()[0].values()):
         if spec.hub_model_type is not None:
             known[spec.hub_model_type] = spec
     if kind not in known:

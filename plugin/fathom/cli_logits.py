@@ -135,7 +135,7 @@ def write_logits(arguments: argparse.Namespace) -> str:
     import fathom
 
     model = fathom.load(
-        arguments.path, dtype=arguments.dtype, simulate_quant=arguments.simulate_quant
+        arguments.path, dtype=arguments.dtype, simulate_quant=arguments.simulate_quant or None
     )
     tokens = check_vocabulary(ids, model.config.vocab_size, f"--tokens {arguments.tokens}")
     arrays = run_model(model, tokens, arguments.streams)
