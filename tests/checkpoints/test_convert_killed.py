@@ -20,11 +20,11 @@ CONFIG = small_config(("sliding", "csa", "hca", "csa", "hca"), moe_intermediate_
 
 # Slows every write down, so that there is something to interrupt, and says when the first one begins.
 SLOW = """
-import sys, time
+import os, sys, time
 from checkpoints_tools import convert
 for writer in (convert.OrbaxWriter, convert.HubWriter):
     def run(self, *args, original=writer.run):
-        print("working", flush=True)
+        os.write(1, b"working\\n")  # in one piece, whichever thread it is
         time.sleep({pause})
         return original(self, *args)
     writer.run = run
