@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
@@ -16,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.array_store import step_metadata
-from checkpoints_tools.hub_source import CONFIG_NAME, HubSource
+from checkpoints_tools.hub_source import CONFIG_NAME, HubSource, zoo_name
 from checkpoints_tools.journal import (
-    WORK_FOLDER,
     Block,
     DestinationError,
     Journal,
@@ -40,7 +40,6 @@ from checkpoints_tools.to_orbax import (
     plan_orbax,
     unlike_dtypes,
 )
-from fathom import zoo
 from fathom.hub import group_by_path, stacked_shape
 from fathom.step_folder import FORMAT, METADATA_FILE, find_step, json_crc32
 
@@ -166,8 +165,9 @@ def _finish(job: _Job, journal: Journal) -> bool:
     if job.is_complete():  # another process was as fast
         return True
     recorded = journal.read()
-    blocks = [recorded[key] for key in job.keys() if key in recorded]
-    if len(blocks) < len(job.keys()):
+    keys = job.keys()
+    blocks = [recorded[key] for key in keys if key in recorded]
+    if len(blocks) < len(keys):
         return job.is_complete()
     destination = job.request.destination
     about = {"fingerprint": journal.fingerprint, "to": job.request.to, "dtype": job.request.dtype}
@@ -177,31 +177,38 @@ def _finish(job: _Job, journal: Journal) -> bool:
     return True
 
 
-class _Job:
+class _Job(abc.ABC):
     """One direction of a conversion: its plan, its work and its last act."""
 
     request: Request
 
+    @abc.abstractmethod
     def plan_json(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What decides the result: two conversions with equal plans may finish one another."""
 
+    @abc.abstractmethod
     def keys(self) -> list[tuple]:
-        raise NotImplementedError
+        """Keys of all blocks, whichever process writes them."""
 
+    @abc.abstractmethod
     def outcome(self) -> Outcome:
-        raise NotImplementedError
+        """What there is to do; nothing of it done."""
 
+    @abc.abstractmethod
     def is_complete(self) -> bool:
-        raise NotImplementedError
+        """Whether the destination has its last file."""
 
+    @abc.abstractmethod
     def still_there(self, block: Block) -> bool:
-        raise NotImplementedError
+        """Whether what the journal says was written is there."""
 
+    @abc.abstractmethod
     def work(self, journal: Journal, done: set[tuple], progress: Progress) -> int:
-        raise NotImplementedError
+        """Writes this process's share of what is not done; returns how many blocks."""
 
+    @abc.abstractmethod
     def complete(self) -> None:
-        raise NotImplementedError
+        """Writes what makes the destination whole."""
 
     @property
     def threads(self) -> int:
@@ -425,7 +432,7 @@ def _payload(plan: OrbaxPlan, request: Request) -> dict[str, Any]:
     payload = {
         "recipe": {"model": {"dtype": dtype, "param_dtype": dtype}},
         "model": {
-            "name": _zoo_name(spec),
+            "name": zoo_name(spec.config) or spec.name,
             "config": dataclasses.asdict(spec.config),
             "num_params": spec.num_params(spec.config)._asdict(),
         },
@@ -444,20 +451,3 @@ def _payload(plan: OrbaxPlan, request: Request) -> dict[str, Any]:
         "leaves": leaves_of(plan),
     }
     return json.loads(json.dumps(payload, allow_nan=False))
-
-
-def _zoo_name(spec: zoo.ModelSpec) -> str:
-    """The zoo's name for the architecture; the family's where it is a size of its own."""
-
-    def core(config: Any) -> dict[str, Any]:
-        # How a file stores its experts does not make it another model.
-        return {k: v for k, v in dataclasses.asdict(config).items() if k != "expert_dtype"}
-
-    for name, other in zoo.all_specs()[0].items():
-        known = other.config
-        if type(known) is type(spec.config) and core(known) == core(spec.config):
-            return name
-    return spec.name
-
-
-__all__ = ["WORK_FOLDER", "Outcome", "Request", "convert", "open_weights"]

@@ -85,7 +85,8 @@ class HubSource:
         self.files = SafetensorsCheckpoint(self.path)
         places, problems = _find_places(self.files, family)
         config = _without_absent_mtp(config, self.files, places)
-        check_size(config, len(places), self.path)
+        if too_many := size_problem(config, len(places)):
+            raise HubProblems(f"{self.path}: {too_many}")
         self.spec = family.with_config(config)
         table = family.hub_tensors(config)
         self.stored = {}
@@ -223,13 +224,25 @@ def find_family(path: Path) -> zoo.ModelSpec:
     return known[kind]
 
 
-def check_size(config: Any, found: int, path: Path) -> None:
-    """Raises HubProblems for a config that describes absurdly more tensors than there are, before they are listed."""
+def zoo_name(config: Any) -> str | None:
+    """The zoo's name for an architecture, None where it is a size of its own."""
+
+    def core(value: Any) -> dict[str, Any]:
+        # How a file stores its experts does not make it another model.
+        return {k: v for k, v in dataclasses.asdict(value).items() if k != "expert_dtype"}
+
+    for name, spec in zoo.all_specs()[0].items():
+        if type(spec.config) is type(config) and core(spec.config) == core(config):
+            return name
+    return None
+
+
+def size_problem(config: Any, found: int) -> str | None:
+    """What is wrong with a config that describes absurdly more tensors than there are, before they are listed."""
     described = getattr(config, "num_layers", 0) * getattr(config, "num_experts", 0) * 3
     if described > MAX_UNFOUNDED_TENSORS + 10 * found:
-        raise HubProblems(
-            f"{path / CONFIG_NAME} describes {described:,} expert tensors, the files hold {found:,} tensors"
-        )
+        return f"{CONFIG_NAME} describes {described:,} expert tensors, the files hold {found:,}"
+    return None
 
 
 def _find_places(

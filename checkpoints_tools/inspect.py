@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.hub_source import CONFIG_NAME, size_problem, zoo_name
 from checkpoints_tools.safetensors_io import (
     INDEX_NAME,
     SafetensorsCheckpoint,
@@ -22,14 +23,11 @@ from checkpoints_tools.safetensors_io import (
 from fathom import zoo
 from fathom.hub import HubTensor
 
-CONFIG_NAME = "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MAX_SHOWN = 20
 FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
 SCALE_DTYPES = ("F8_E8M0", "F32")
 WRITERS = ("fathom-jax", "jax")
-MAX_UNFOUNDED_TENSORS = 1_000_000
-"""A config is disbelieved when it describes this many tensors more than ten times those found."""
 
 # A name counts under the first group it matches; names are native Hub names or our paths.
 _GROUPS = tuple(
@@ -223,14 +221,8 @@ def _read_config(path: Path, report: Report) -> tuple[zoo.ModelSpec | None, Any]
 
 def _model_name(config: Any) -> str:
     """The zoo's name for this architecture, or what it is when the zoo has no such size."""
-
-    def core(value: Any) -> dict[str, Any]:
-        # How a file stores its experts does not make it another model.
-        return {k: v for k, v in dataclasses.asdict(value).items() if k != "expert_dtype"}
-
-    for name, spec in zoo.all_specs()[0].items():
-        if type(spec.config) is type(config) and core(spec.config) == core(config):
-            return name
+    if name := zoo_name(config):
+        return name
     family = type(config).__name__.removesuffix("Config")
     layers = getattr(config, "num_layers", None)
     return f"{family}, {layers} layers (a size of its own)" if layers else family
@@ -266,11 +258,8 @@ def _compare(
     report: Report,
 ) -> None:
     """Missing, extra and wrongly shaped or typed tensors against the model's table."""
-    described = getattr(config, "num_layers", 0) * getattr(config, "num_experts", 0) * 3
-    if described > MAX_UNFOUNDED_TENSORS + 10 * len(places):
-        report.problems.append(
-            f"{CONFIG_NAME} describes {described:,} expert tensors, the files hold {len(places):,}"
-        )
+    if too_many := size_problem(config, len(places)):
+        report.problems.append(too_many)
         return
     try:
         table = spec.hub_tensors(config)

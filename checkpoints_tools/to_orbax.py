@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_tools.array_store import ArraySpec, ArrayStore, numpy_dtype
+from checkpoints_tools.array_store import ArraySpec, ArrayStore
 from checkpoints_tools.hub_source import HubSource, Stored
 from checkpoints_tools.journal import Block, crc32_of
 from checkpoints_tools.narrowing import Narrowing
@@ -282,16 +282,3 @@ def read_block(stores: dict[str, ArrayStore], folder: Path, block: Block) -> np.
         stores[item] = ArrayStore(folder / item)
     region = tuple(slice(a, b) for a, b in zip(block.start, block.stop, strict=True))
     return stores[item].read(tuple(path), region)
-
-
-__all__ = [
-    "DTYPES",
-    "OrbaxPlan",
-    "OrbaxWriter",
-    "Unit",
-    "leaves_of",
-    "numpy_dtype",
-    "plan_orbax",
-    "read_block",
-    "unlike_dtypes",
-]
