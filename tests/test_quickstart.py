@@ -39,6 +39,7 @@ def quickstart(*overrides: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+# The script installs what it does not find, from a registry; scripts/test.sh has made an environment that has it.
 @pytest.mark.skipif(not Path(sys.prefix, "bin", "fathom").exists(), reason="would install Fathom into the environment")
 def test_the_script_trains_stops_resumes_and_samples(tmp_path):
     run = tmp_path / "a run"
