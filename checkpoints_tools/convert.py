@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.array_store import step_metadata
-from checkpoints_tools.hub_source import CONFIG_NAME, HubSource, zoo_name
+from checkpoints_tools.hub_source import HubSource, zoo_name
+from checkpoints_tools.hub_table import CONFIG_NAME
 from checkpoints_tools.journal import (
     Block,
     DestinationError,
@@ -46,6 +47,7 @@ from fathom.step_folder import FORMAT, METADATA_FILE, find_step, json_crc32
 AUX_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 MAX_AUX_BYTES = 64 << 20
 PARAM_DTYPE = {"native": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
+SHARDS_AT_A_TIME = 2
 BASE_MEMORY = 1 << 30
 """Python, jax and the tables of a conversion, generously."""
 
@@ -56,6 +58,7 @@ class Request:
 
     Attributes:
       source, destination: folders. to: "orbax" or "hf". dtype: "native", "bf16" or "fp32".
+      expert_dtype: "fp8" to store FP4 experts as FP8 of the same numbers (to hf, native).
       narrow: rules "NAME=DTYPE" for weights to store in fewer bits.
       mesh: mesh axis -> size, to cut the arrays as this mesh's shards; preset: the sharding preset used with it.
       process, processes: this process's number, and how many share the work.
@@ -66,6 +69,7 @@ class Request:
     destination: Path
     to: str
     dtype: str = "native"
+    expert_dtype: str | None = None
     narrow: tuple[str, ...] = ()
     mesh: Mapping[str, int] | None = None
     preset: str = "default"
@@ -81,6 +85,10 @@ class Request:
             problems.append(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.processes < 1 or not 0 <= self.process < self.processes:
             problems.append(f"process: found {self.process} of {self.processes}, expected 0 to processes - 1")
+        if self.expert_dtype not in (None, "fp8"):
+            problems.append(f"expert_dtype: found {self.expert_dtype!r}, expected 'fp8' or nothing")
+        elif self.expert_dtype and (self.to, self.dtype) != ("hf", "native"):
+            problems.append("expert_dtype: only a Hub folder in native dtype stores experts so; leave it out")
         if self.mesh is not None and self.to == "hf":
             problems.append("mesh: a Hub folder is not cut for a mesh; leave it out")
         if self.destination.resolve() == self.source.resolve():
@@ -311,7 +319,7 @@ class _HubJob(_Job):
         self.request = request
         self.source = open_weights(request.source)
         narrowing = Narrowing(request.narrow, self.source.stored)
-        self.plan: HubPlan = plan_hub(self.source, request.dtype, narrowing)
+        self.plan: HubPlan = plan_hub(self.source, request.dtype, narrowing, request.expert_dtype)
         if isinstance(self.source, HubSource):
             self.source.check_values()
         self.writer = HubWriter(self.plan, request.destination, f"{request.process}of{request.processes}")
@@ -321,6 +329,7 @@ class _HubJob(_Job):
         return {
             "to": "hf",
             "dtype": request.dtype,
+            "expert_dtype": request.expert_dtype,
             "narrow": sorted(request.narrow),
             "source": _identity(self.source),
         }
@@ -348,17 +357,23 @@ class _HubJob(_Job):
         return self.writer.written(block.array)
 
     def work(self, journal: Journal, done: set[tuple], progress: Progress) -> int:
-        count = 0
         for stale in self.request.destination.glob(f"*.partial-{self.request.process}of{self.request.processes}"):
             stale.unlink()  # what this process was writing when it was killed
+        mine = [
+            shard
+            for number, shard in enumerate(self.plan.shards)
+            if number % self.request.processes == self.request.process
+            and not done.issuperset(self.writer.keys(shard))
+        ]
         with ThreadPoolExecutor(self.threads) as pool:
-            for number, shard in enumerate(self.plan.shards):
-                mine = number % self.request.processes == self.request.process
-                if mine and not done.issuperset(self.writer.keys(shard)):
-                    blocks = self.writer.run(shard, pool, progress)
-                    journal.add(*blocks)
-                    count += len(blocks)
-        return count
+
+            def one(shard: str) -> int:
+                blocks = self.writer.run(shard, pool, progress)
+                journal.add(*blocks)
+                return len(blocks)
+
+            # The next shard is written while one is being synced.
+            return _run_all(one, mine, SHARDS_AT_A_TIME)
 
     def complete(self) -> None:
         destination = self.request.destination

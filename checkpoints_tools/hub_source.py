@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,51 +16,24 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools import quant
+from checkpoints_tools.hub_table import (
+    CONFIG_NAME,
+    Place,
+    Stored,
+    find_places,
+    match_table,
+    size_problem,
+    without_absent_mtp,
+)
 from checkpoints_tools.safetensors_io import SafetensorsCheckpoint, list_problems
 from fathom import zoo
 from fathom.hub import HubTensor
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.json"
-PLAIN_DTYPES = ("F32", "BF16", "F16")
-INT_DTYPES = ("I64", "I32")
-KIND_OF_DTYPE = {"F8_E4M3": "fp8", "I8": "fp4", "U8": "fp4", "F4": "fp4"}
-SCALE_DTYPES = {"fp8": ("F8_E8M0", "F32"), "fp4": ("F8_E8M0",)}
-MAX_UNFOUNDED_TENSORS = 1_000_000
-"""A config is disbelieved when it describes this many tensors more than ten times those found."""
-
 
 class HubProblems(ValueError):
     """A folder that does not hold the model its config describes; the text lists every problem."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where and how one weight lies in the files.
-
-    Attributes:
-      tensor: the model's entry. name: of the file's tensor; index: the piece of it.
-      shape: of the piece as stored (FP4 in I8 has half the columns).
-      dtype: as spelled in the file. kind: "plain", "fp8" or "fp4".
-      scale: name of the tensor with its scales, None for plain ones.
-    """
-
-    tensor: HubTensor
-    name: str
-    index: tuple[int | slice, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    kind: str
-    scale: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    name: str
-    index: tuple[int | slice, ...]
-    shape: tuple[int, ...]
-    dtype: str
 
 
 class HubSource:
@@ -83,26 +55,29 @@ class HubSource:
         family = find_family(self.path)
         config = family.config_from_hf(self.path)
         self.files = SafetensorsCheckpoint(self.path)
-        places, problems = _find_places(self.files, family)
-        config = _without_absent_mtp(config, self.files, places)
+        places, problems = find_places(self.files.tensors, family.hub_pieces)
+        config = self._without_absent_mtp(config, places)
         if too_many := size_problem(config, len(places)):
             raise HubProblems(f"{self.path}: {too_many}")
         self.spec = family.with_config(config)
-        table = family.hub_tensors(config)
-        self.stored = {}
-        for tensor in table:
-            stored, found = _match(tensor, places)
-            problems += found
-            if stored is not None:
-                self.stored[tensor.name] = stored
-        problems += _mixed_storage(self.stored)
-        problems += _left_over(table, places, self.stored)
-        if problems:
+        self.stored, found = match_table(family.hub_tensors(config), places)
+        if problems := problems + found:
             raise HubProblems(
                 f"{self.path}: the files do not hold the model that {CONFIG_NAME} describes, "
                 f"{len(problems)} problems:\n{list_problems(problems)}"
             )
         self._log_narrow()
+
+    def _without_absent_mtp(self, config: Any, places: Mapping[str, Place]) -> Any:
+        found = without_absent_mtp(config, places)
+        if found is not config:
+            logger.warning(
+                "%s: config.json announces %d layers of multi-token prediction and the files have none, as "
+                "transformers saves them; loading without",
+                self.path,
+                config.num_mtp_layers,
+            )
+        return found
 
     def _log_narrow(self) -> None:
         """A file that somebody cast as a whole has lost bits the model counts on; say so."""
@@ -219,7 +194,7 @@ def find_family(path: Path) -> zoo.ModelSpec:
     for spec in reversed(zoo.all_specs()[0].values()):
         if spec.hub_model_type is not None:
             known[spec.hub_model_type] = spec
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"{file}: model_type {kind!r}, supported: {', '.join(sorted(known))}")
     return known[kind]
 
@@ -235,132 +210,3 @@ def zoo_name(config: Any) -> str | None:
         if type(spec.config) is type(config) and core(spec.config) == core(config):
             return name
     return None
-
-
-def size_problem(config: Any, found: int) -> str | None:
-    """What is wrong with a config that describes absurdly more tensors than there are, before they are listed."""
-    described = getattr(config, "num_layers", 0) * getattr(config, "num_experts", 0) * 3
-    if described > MAX_UNFOUNDED_TENSORS + 10 * found:
-        return f"{CONFIG_NAME} describes {described:,} expert tensors, the files hold {found:,}"
-    return None
-
-
-def _find_places(
-    files: SafetensorsCheckpoint, family: zoo.ModelSpec
-) -> tuple[dict[str, _Place], list[str]]:
-    """Native name -> where it lies, and the problems of spelling."""
-    places: dict[str, _Place] = {}
-    problems = []
-    for name, info in files.tensors.items():
-        try:
-            pieces = family.hub_pieces(name, info.shape)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for native, index in pieces:
-            shape = np.broadcast_to(np.empty(()), info.shape)[index].shape
-            if native in places:
-                problems.append(f"{native}: found twice, as {places[native].name} and {name}")
-            places[native] = _Place(name, index, shape, info.dtype)
-    return places, problems
-
-
-def _without_absent_mtp(
-    config: Any, files: SafetensorsCheckpoint, places: Mapping[str, _Place]
-) -> Any:
-    """`transformers` saves no multi-token prediction although its config still announces it."""
-    announced = getattr(config, "num_mtp_layers", 0)
-    saved_by_transformers = any(name.startswith("model.") for name in files.tensors)
-    if not announced or not saved_by_transformers:
-        return config
-    if any(name.startswith("mtp.") for name in places):
-        return config
-    logger.warning(
-        "%s: config.json announces %d layers of multi-token prediction and the files have none, as "
-        "transformers saves them; loading without",
-        files.path,
-        announced,
-    )
-    return dataclasses.replace(config, num_mtp_layers=0, mtp_kind="mtp", dspark=None)
-
-
-def _match(tensor: HubTensor, places: Mapping[str, _Place]) -> tuple[Stored | None, list[str]]:
-    """How a weight is stored, and what is wrong with it."""
-    place = places.get(tensor.name)
-    if place is None:
-        return None, [f"{tensor.name}: missing, expected shape {list(tensor.shape)}"]
-    kind = KIND_OF_DTYPE.get(place.dtype, "plain") if tensor.scale_name is not None else "plain"
-    if tensor.storage == "i64":
-        allowed = INT_DTYPES
-    elif tensor.scale_name is None:
-        allowed = PLAIN_DTYPES
-    else:
-        allowed = (*PLAIN_DTYPES, *KIND_OF_DTYPE)
-    if place.dtype not in allowed:
-        expected = " or ".join(allowed)
-        return None, [f"{place.name}: found dtype {place.dtype}, expected {expected}"]
-    problems = []
-    expected = tensor.shape
-    if kind == "fp4" and place.dtype != "F4":
-        expected = (*tensor.shape[:-1], tensor.shape[-1] // 2)
-    if place.shape != expected:
-        problems.append(
-            f"{place.name}: found shape {list(place.shape)}, expected {list(expected)} as {place.dtype}"
-        )
-    scale = None
-    if kind != "plain":
-        scale, found = _match_scale(tensor, kind, places)
-        problems += found
-    return Stored(tensor, place.name, place.index, place.shape, place.dtype, kind, scale), problems
-
-
-def _match_scale(
-    tensor: HubTensor, kind: str, places: Mapping[str, _Place]
-) -> tuple[str | None, list[str]]:
-    place = places.get(tensor.scale_name)
-    if place is None:
-        return None, [f"{tensor.scale_name}: missing, and {tensor.name} is stored as {kind}"]
-    problems = []
-    expected = dataclasses.replace(tensor, storage=kind).stored()[1].shape
-    if place.shape != expected:
-        problems.append(
-            f"{place.name}: found shape {list(place.shape)}, expected {list(expected)} for {kind}"
-        )
-    if place.dtype not in SCALE_DTYPES[kind]:
-        problems.append(
-            f"{place.name}: found dtype {place.dtype}, expected {' or '.join(SCALE_DTYPES[kind])} for {kind}"
-        )
-    return place.name, problems
-
-
-def _mixed_storage(stored: Mapping[str, Stored]) -> list[str]:
-    """Experts of one array must be stored alike: a few that differ are a damaged conversion."""
-    groups: dict[tuple, list[Stored]] = {}
-    for entry in stored.values():
-        if ".experts." in entry.tensor.name:
-            groups.setdefault((entry.tensor.path, entry.tensor.index[:-1]), []).append(entry)
-    problems = []
-    for entries in groups.values():
-        counts = Counter(entry.dtype for entry in entries)
-        usual, number = counts.most_common(1)[0]
-        problems += [
-            f"{entry.name}: found dtype {entry.dtype}, expected {usual} as {number} of the {len(entries)} "
-            "weights beside it"
-            for entry in entries
-            if entry.dtype != usual
-        ]
-    return problems
-
-
-def _left_over(
-    table: list[HubTensor], places: Mapping[str, _Place], stored: Mapping[str, Stored]
-) -> list[str]:
-    used = {tensor.name for tensor in table}
-    used |= {s.tensor.scale_name for s in stored.values() if s.kind != "plain"}
-    # Scales of a weight that itself is wrong are not a second problem.
-    used |= {t.scale_name for t in table if t.scale_name is not None and t.name not in stored}
-    return [
-        f"{place.name}: left over, the model has no such tensor (shape {list(place.shape)})"
-        for native, place in places.items()
-        if native not in used
-    ]

@@ -8,11 +8,20 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.hub_source import CONFIG_NAME, size_problem, zoo_name
+from checkpoints_tools.hub_source import zoo_name
+from checkpoints_tools.hub_table import (
+    CONFIG_NAME,
+    KIND_OF_DTYPE,
+    Place,
+    find_places,
+    match_table,
+    size_problem,
+    without_absent_mtp,
+)
 from checkpoints_tools.safetensors_io import (
     INDEX_NAME,
     SafetensorsCheckpoint,
@@ -21,12 +30,9 @@ from checkpoints_tools.safetensors_io import (
     TensorInfo,
 )
 from fathom import zoo
-from fathom.hub import HubTensor
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MAX_SHOWN = 20
-FLOAT_DTYPES = ("F32", "BF16", "F16", "F64")
-SCALE_DTYPES = ("F8_E8M0", "F32")
 WRITERS = ("fathom-jax", "jax")
 
 # A name counts under the first group it matches; names are native Hub names or our paths.
@@ -153,17 +159,13 @@ def inspect_hub(path: str | os.PathLike[str]) -> Report:
     if spec is not None:
         report.model = _model_name(config)
         report.config = json.loads(json.dumps(dataclasses.asdict(config)))
-    pieces = spec.hub_pieces if spec is not None else None
-    places: dict[str, tuple[TensorInfo, tuple[int, ...]]] = {}
+    places, problems = find_places(tensors, spec.hub_pieces if spec is not None else None)
+    report.problems += problems
+    natives: dict[str, str] = {}
+    for native, place in places.items():
+        natives.setdefault(place.name, native)
     for name, info in tensors.items():
-        native = _native(name, info, pieces, report.problems)
-        first = native[0][0] if native else name
-        report.count(first, info.dtype, math.prod(info.shape), info.num_bytes)
-        for piece, shape in native:
-            if piece in places:
-                other = places[piece][0].name
-                report.problems.append(f"{piece}: found twice, as {other} and {name}")
-            places[piece] = (info, shape)
+        report.count(natives.get(name, name), info.dtype, math.prod(info.shape), info.num_bytes)
     if path.is_dir() and spec is not None and tensors:
         _compare(spec, config, places, report)
     _storage_notes(config, places, report)
@@ -228,116 +230,28 @@ def _model_name(config: Any) -> str:
     return f"{family}, {layers} layers (a size of its own)" if layers else family
 
 
-def _native(
-    name: str, info: TensorInfo, pieces: Callable[..., list] | None, problems: list[str]
-) -> list[tuple[str, tuple[int, ...]]]:
-    """(native name, shape) of every weight in a tensor."""
-    if pieces is None:
-        return [(name, info.shape)]
-    try:
-        found = pieces(name, info.shape)
-    except ValueError as error:
-        problems.append(str(error))
-        return []
-    return [(native, _indexed(info.shape, index)) for native, index in found]
-
-
-def _indexed(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
-    kept = []
-    for axis, size in enumerate(shape):
-        entry = index[axis] if axis < len(index) else slice(None)
-        if isinstance(entry, slice):
-            kept.append(len(range(*entry.indices(size))))
-    return tuple(kept)
-
-
-def _compare(
-    spec: zoo.ModelSpec,
-    config: Any,
-    places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]],
-    report: Report,
-) -> None:
+def _compare(spec: zoo.ModelSpec, config: Any, places: Mapping[str, Place], report: Report) -> None:
     """Missing, extra and wrongly shaped or typed tensors against the model's table."""
     if too_many := size_problem(config, len(places)):
         report.problems.append(too_many)
         return
+    found = without_absent_mtp(config, places)
+    if found is not config:
+        report.notes.append(
+            f"no multi-token prediction ({config.num_mtp_layers} layers announced), as transformers saves models"
+        )
     try:
-        table = spec.hub_tensors(config)
+        report.problems += match_table(spec.hub_tensors(found), places)[1]
     except ValueError as error:
         report.problems.append(str(error))
-        return
-    known = {tensor.name for tensor in table}
-    missing = []
-    for tensor in table:
-        if tensor.name not in places:
-            missing.append(tensor.name)
-            continue
-        info, shape = places[tensor.name]
-        report.problems += _check_tensor(tensor, info, shape, places)
-        if info.dtype not in FLOAT_DTYPES and tensor.scale_name is not None:
-            known.add(tensor.scale_name)
-    by_transformers = any(info.name.startswith("model.") for info, _ in places.values())
-    if by_transformers and missing and all(name.startswith("mtp.") for name in missing):
-        report.notes.append(
-            f"no multi-token prediction ({len(missing)} tensors), as transformers saves models"
-        )
-        missing = []
-    report.problems += [f"{name}: missing" for name in missing]
-    report.problems += [
-        f"{info.name}: left over, the model has no such tensor (shape {list(info.shape)})"
-        for name, (info, _) in places.items()
-        if name not in known
-    ]
 
 
-def _check_tensor(
-    tensor: HubTensor,
-    info: TensorInfo,
-    shape: tuple[int, ...],
-    places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]],
-) -> Iterable[str]:
-    if tensor.storage == "i64":
-        if info.dtype not in ("I64", "I32"):
-            yield f"{info.name}: dtype {info.dtype}, expected I64 or I32"
-        expected = tensor.shape
-    elif info.dtype in FLOAT_DTYPES:
-        expected = tensor.shape
-    elif info.dtype in ("F8_E4M3", "I8") and tensor.scale_name is not None:
-        packed = info.dtype == "I8"
-        *rows, columns = tensor.shape
-        expected = (*rows, columns // 2) if packed else tensor.shape
-        yield from _check_scale(tensor, packed, places)
-    else:
-        yield f"{info.name}: dtype {info.dtype}, which this tensor never has"
-        return
-    if shape != tuple(expected):
-        yield f"{info.name}: shape {list(shape)}, expected {list(expected)} as {info.dtype}"
-
-
-def _check_scale(
-    tensor: HubTensor, packed: bool, places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]]
-) -> Iterable[str]:
-    name = tensor.scale_name
-    if name not in places:
-        yield f"{name}: missing, and {tensor.name} is quantised"
-        return
-    storage = "fp4" if packed else "fp8"
-    expected = dataclasses.replace(tensor, storage=storage).stored()[1].shape
-    info, shape = places[name]
-    if shape != expected:
-        yield f"{info.name}: shape {list(shape)}, expected {list(expected)} for {storage}"
-    if info.dtype not in SCALE_DTYPES:
-        yield f"{info.name}: dtype {info.dtype}, expected one of {', '.join(SCALE_DTYPES)}"
-
-
-def _storage_notes(
-    config: Any, places: Mapping[str, tuple[TensorInfo, tuple[int, ...]]], report: Report
-) -> None:
+def _storage_notes(config: Any, places: Mapping[str, Place], report: Report) -> None:
     """How the routed experts are stored, told by dtype: the -Base models' configs do not say."""
     found = Counter(
-        info.dtype
-        for name, (info, _) in places.items()
-        if group_of(name) == "experts" and name.endswith(".weight")
+        place.dtype
+        for name, place in places.items()
+        if name.endswith(".weight") and group_of(name) == "experts"
     )
     if not found:
         return
@@ -345,8 +259,8 @@ def _storage_notes(
     report.details["experts"] = ", ".join(spelled.get(dtype, dtype) for dtype in sorted(found))
     if len(found) > 1:
         counts = ", ".join(f"{count} {dtype}" for dtype, count in found.most_common())
-        report.problems.append(f"routed experts are stored in different dtypes: {counts}")
-    stored = {"I8": "fp4", "F8_E4M3": "fp8"}.get(next(iter(found)))
+        report.notes.append(f"routed experts are stored in different dtypes: {counts}")
+    stored = KIND_OF_DTYPE.get(found.most_common(1)[0][0])
     said = getattr(config, "expert_dtype", None)
     if stored and said and stored != said:
         report.notes.append(f"{CONFIG_NAME} says expert_dtype {said}, the tensors are {stored}")

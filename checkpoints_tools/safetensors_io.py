@@ -309,12 +309,6 @@ class SafetensorsCheckpoint:
             not isinstance(shard, str) for shard in weight_map.values()
         ):
             raise SafetensorsError(f"{path}: weight_map must map tensor names to file names")
-        for shard in sorted(set(weight_map.values())):
-            check_name(shard, str(path))
-            if "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
-                raise SafetensorsError(
-                    f"{path}: shard {shard!r}, expected the name of a *.safetensors file beside it"
-                )
         return weight_map
 
     def _open_shards(self, weight_map: dict[str, str]) -> list[SafetensorsFile]:
@@ -322,6 +316,9 @@ class SafetensorsCheckpoint:
         files: list[SafetensorsFile] = []
         home: dict[str, str] = {}
         for shard in sorted(set(weight_map.values())):
+            if set(shard) & set("/\\\0") or not shard.endswith(".safetensors"):
+                problems.append(f"shard {shard!r}, expected the name of a *.safetensors file beside {INDEX_NAME}")
+                continue
             if not (self.path / shard).exists():
                 problems.append(f"shard {shard} is missing")
                 continue

@@ -10,12 +10,10 @@ import numpy as np
 
 from checkpoints_tools import quant
 from checkpoints_tools.array_store import ArrayStore, numpy_dtype
-from checkpoints_tools.hub_source import KIND_OF_DTYPE, Stored
+from checkpoints_tools.hub_table import KIND_OF_DTYPE, Stored
 from checkpoints_tools.safetensors_io import DTYPE_NAMES, NUMPY_DTYPES
-from fathom import zoo
 from fathom.hub import HubTensor
-from fathom.recipe_checks import apply_config
-from fathom.step_folder import MODEL, QUANTISED, CheckpointError, find_step, read_payload
+from fathom.step_folder import MODEL, QUANTISED, CheckpointError, find_step, read_payload, saved_spec
 
 CACHE_BYTES = 1 << 30
 """A training run saves whole shards; the decoded one is kept while its weights are read one by one."""
@@ -45,7 +43,7 @@ class StepSource:
         conversion = self.payload.get("conversion") or {}
         self.as_stored = conversion.get("dtype") == "native"
         self._dtypes: dict[str, str] = conversion.get("dtypes", {})
-        self.spec = spec_of(self.payload, self.path)
+        self.spec = saved_spec(self.payload, self.path)
         if self.spec.hub_tensors is None:
             raise CheckpointError(f"{self.path}: model {self.spec.name} has no Hub format")
         self._stores: dict[str, ArrayStore] = {}
@@ -112,19 +110,3 @@ class StepSource:
         """Folder with the small files of the Hub folder it came from, where there is one."""
         folder = self.path / HUB_FILES
         return folder if folder.is_dir() else None
-
-
-def spec_of(payload: dict[str, Any], path: Path) -> zoo.ModelSpec:
-    """The saved model at its saved size.
-
-    Raises:
-      CheckpointError: when its config cannot be read. ValueError: for a model that is not installed.
-    """
-    spec = zoo.get(payload["model"]["name"])
-    problems: list[Any] = []
-    config = apply_config(spec.config, payload["model"]["config"], "model.config", problems)
-    if problems:
-        raise CheckpointError(
-            f"{path}: its model config cannot be read:\n  " + "\n  ".join(map(str, problems))
-        )
-    return spec.with_config(config)

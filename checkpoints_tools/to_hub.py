@@ -14,13 +14,14 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_tools import quant
-from checkpoints_tools.hub_source import CONFIG_NAME, HubSource, Stored
+from checkpoints_tools.hub_source import HubSource
+from checkpoints_tools.hub_table import CONFIG_NAME, Stored
 from checkpoints_tools.journal import Block, crc32_of
 from checkpoints_tools.narrowing import Narrowing
 from checkpoints_tools.safetensors_io import NUMPY_DTYPES
 from checkpoints_tools.safetensors_writer import Entry, ShardWriter, shard_name, write_index
 from checkpoints_tools.step_source import StepSource
-from fathom.hub import FP8_BLOCK, HubTensor
+from fathom.hub import FP8_BLOCK, HubTensor, scale_shape
 
 MAX_SHARD_BYTES = 16 << 30
 """The release has a shard for each layer, 3.5 GB in Flash and 14 GB in Pro; wider storage is cut at this size."""
@@ -34,12 +35,13 @@ class Target:
 
     Attributes:
       tensor: the weight. entries: its tensor and, where quantised, that of its scales.
-      copy: take codes and scales as they are, instead of encoding values.
+      codes: how they come about. "copy" takes codes and scales as they are, "fp8" rewrites FP4 codes as FP8 ones
+        of the same numbers, "values" stores or encodes the values.
     """
 
     tensor: HubTensor
     entries: tuple[Entry, ...]
-    copy: bool
+    codes: str = "values"
 
     @property
     def num_bytes(self) -> int:
@@ -53,12 +55,13 @@ class HubPlan:
 
     Attributes:
       source: where the weights come from. dtype: "native", "bf16" or "fp32".
-      shards: file name -> what it holds.
+      shards: file name -> what it holds. expert_dtype: see `plan_hub`.
     """
 
     source: HubSource | StepSource
     dtype: str
     shards: Mapping[str, list[Target]]
+    expert_dtype: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +69,9 @@ class HubPlan:
         return sum(target.num_bytes for shard in self.shards.values() for target in shard)
 
 
-def plan_hub(source: HubSource | StepSource, dtype: str, narrowing: Narrowing) -> HubPlan:
+def plan_hub(
+    source: HubSource | StepSource, dtype: str, narrowing: Narrowing, expert_dtype: str | None = None
+) -> HubPlan:
     """Plans an export.
 
     Args:
@@ -74,8 +79,9 @@ def plan_hub(source: HubSource | StepSource, dtype: str, narrowing: Narrowing) -
         folder, and gives a trained model that of the release; "bf16" and "fp32" store plain weights, of which
         those that the release has in float32 and in integers stay so.
       narrowing: weights that shall be stored in fewer bits, by name.
+      expert_dtype: "fp8" stores in native dtype as FP8 what would be FP4.
     """
-    targets = [_target(source, stored, dtype, narrowing) for stored in source.stored.values()]
+    targets = [_target(source, stored, dtype, narrowing, expert_dtype) for stored in source.stored.values()]
     groups: list[list[Target]] = []
     last, size = None, 0
     for target in sorted(targets, key=lambda t: _shard_order(t.tensor.name)):
@@ -86,7 +92,7 @@ def plan_hub(source: HubSource | StepSource, dtype: str, narrowing: Narrowing) -
         groups[-1].append(target)
         size += target.num_bytes
     shards = {shard_name(number, len(groups)): group for number, group in enumerate(groups, 1)}
-    return HubPlan(source, dtype, shards)
+    return HubPlan(source, dtype, shards, expert_dtype)
 
 
 def _shard_order(name: str) -> tuple[int, int]:
@@ -97,25 +103,33 @@ def _shard_order(name: str) -> tuple[int, int]:
     return (0, 0) if name.startswith("embed") else (2, 0)
 
 
-def _target(source: HubSource | StepSource, stored: Stored, dtype: str, narrowing: Narrowing) -> Target:
+def _target(
+    source: HubSource | StepSource, stored: Stored, dtype: str, narrowing: Narrowing, expert_dtype: str | None
+) -> Target:
     tensor = stored.tensor
     if dtype == "native" and (isinstance(source, HubSource) or source.as_stored):
         if stored.kind == "plain":
             spelled = narrowing.apply(tensor.name, stored.dtype)
-            return Target(tensor, (Entry(tensor.name, spelled, tensor.shape),), False)
-        scale = dataclasses.replace(tensor, storage=stored.kind).stored()[1]
+            return Target(tensor, (Entry(tensor.name, spelled, tensor.shape),))
+        if stored.kind == "fp4" and expert_dtype == "fp8":
+            return Target(tensor, _entries(dataclasses.replace(tensor, storage="fp8")), "fp8")
         entries = (
             Entry(tensor.name, stored.dtype, stored.shape),
-            Entry(tensor.scale_name, source.scale_dtype(tensor), scale.shape),
+            Entry(tensor.scale_name, source.scale_dtype(tensor), scale_shape(tensor.shape, stored.kind)),
         )
-        return Target(tensor, entries, True)
+        return Target(tensor, entries, "copy")
     if dtype == "native":
-        entries = tuple(Entry(s.name, s.dtype, s.shape) for s in tensor.stored())
-        return Target(tensor, entries, False)
+        if tensor.storage == "fp4" and expert_dtype == "fp8":
+            tensor = dataclasses.replace(tensor, storage="fp8")
+        return Target(tensor, _entries(tensor))
     kept = {"f32": "F32", "i64": "I64"}.get(tensor.storage)
     spelled = kept or {"bf16": "BF16", "fp32": "F32"}[dtype]
     spelled = narrowing.apply(tensor.name, spelled)
-    return Target(tensor, (Entry(tensor.name, spelled, tensor.shape),), False)
+    return Target(tensor, (Entry(tensor.name, spelled, tensor.shape),))
+
+
+def _entries(tensor: HubTensor) -> tuple[Entry, ...]:
+    return tuple(Entry(s.name, s.dtype, s.shape) for s in tensor.stored())
 
 
 class HubWriter:
@@ -183,8 +197,15 @@ def make_arrays(source: HubSource | StepSource, target: Target) -> Iterator[np.n
       ValueError: naming the weight, when its values cannot be stored so.
     """
     tensor, entry = target.tensor, target.entries[0]
-    if target.copy:
+    if target.codes == "copy":
         yield from source.read_codes(tensor)
+        return
+    if target.codes == "fp8":
+        codes, scales = source.read_codes(tensor)
+        try:
+            yield from quant.fp4_to_fp8(codes.view(np.uint8), scales)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {tensor.name}: {error}; keep FP4, or decode to bf16") from error
         return
     if len(target.entries) == 1:
         values = tensor.to_hub(source.read(tensor, NUMPY_DTYPES[entry.dtype]))
@@ -213,7 +234,7 @@ def hub_config(plan: HubPlan, aux: Path | None) -> dict[str, Any]:
     if original is not None and original.is_file():
         config = json.loads(original.read_text("utf-8"))
         if plan.dtype == "native" and not _encoded(plan):
-            return config
+            return config | ({"expert_dtype": plan.expert_dtype} if plan.expert_dtype else {})
     else:
         config = spec.config_to_hf(spec.config)
     config.pop("quantization_config", None)
@@ -226,6 +247,8 @@ def hub_config(plan: HubPlan, aux: Path | None) -> dict[str, Any]:
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }
         config["torch_dtype"] = "bfloat16"
+        if plan.expert_dtype:
+            config["expert_dtype"] = plan.expert_dtype
     else:
         config.pop("expert_dtype", None)
         config["torch_dtype"] = {"bf16": "bfloat16", "fp32": "float32"}[plan.dtype]
@@ -237,5 +260,5 @@ def hub_config(plan: HubPlan, aux: Path | None) -> dict[str, Any]:
 def _encoded(plan: HubPlan) -> bool:
     """Whether quantised storage is made anew, rather than copied."""
     return any(
-        len(target.entries) > 1 and not target.copy for shard in plan.shards.values() for target in shard
+        len(target.entries) > 1 and target.codes == "values" for shard in plan.shards.values() for target in shard
     )

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_tools.array_store import ArraySpec, ArrayStore
-from checkpoints_tools.hub_source import HubSource, Stored
+from checkpoints_tools.hub_source import HubSource
+from checkpoints_tools.hub_table import Stored
 from checkpoints_tools.journal import Block, crc32_of
 from checkpoints_tools.narrowing import Narrowing
 from checkpoints_tools.safetensors_io import NUMPY_DTYPES

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import pytest
 
 # Programs that several tests, workers or child processes compile alike are compiled once per session. The first
 # process of the session makes the folder and the others inherit it; nothing outlives the session.
@@ -17,3 +18,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # for speed, and the parity tests' tolerances on sums that cancel need them.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """A worker that kept every program it has compiled would need more than 6 GB in the end."""
+    yield
+    jax.clear_caches()

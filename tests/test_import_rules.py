@@ -15,7 +15,7 @@ ALLOWED = {
     "fathom.ops": ("fathom.ops",),
     "fathom.mesh": (),
     "fathom.hub": (),
-    "fathom.step_folder": (),
+    "fathom.step_folder": ("fathom.zoo", "fathom.recipe_checks"),
     "fathom.zoo": ("fathom.mesh",),
     "fathom.layers": ("fathom.layers", "fathom.ops", "fathom.mesh"),
     "fathom.models": (

@@ -31,6 +31,11 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="native keeps quantised weights as they are; bf16 and fp32 decode them",
     )
     sub.add_argument(
+        "--expert-dtype",
+        choices=("fp8",),
+        help="store FP4 experts as FP8 of exactly the same numbers (to hf, native)",
+    )
+    sub.add_argument(
         "--narrow",
         action="append",
         default=[],
@@ -77,6 +82,7 @@ def _request(arguments: argparse.Namespace) -> Request:
             destination=Path(arguments.destination),
             to=arguments.to,
             dtype=arguments.dtype,
+            expert_dtype=arguments.expert_dtype,
             narrow=tuple(arguments.narrow),
             mesh=_mesh(arguments.mesh),
             preset=arguments.preset,

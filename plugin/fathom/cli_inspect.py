@@ -9,9 +9,7 @@ from typing import Any
 
 from checkpoints_tools.inspect import Report, inspect_hub, inspect_step, is_hub_path
 from checkpoints_tools.journal import WORK_FOLDER
-from fathom import zoo
 from fathom.cli_problem import ArgumentProblem
-from fathom.recipe_checks import Problem, apply_config
 from fathom.zoo import ModelSpec
 
 
@@ -77,18 +75,18 @@ def _report(path: Path) -> Report:
         text = str(error)
         problems += [] if text in problems else [text]
         return Report(str(path), "fathom checkpoint", problems=problems)
-    spec = _spec_of(payload, problems)
+    spec = _spec_of(payload, folder, problems)
     return inspect_step(folder, payload, step_folders(directory), spec, problems)
 
 
-def _spec_of(payload: Mapping[str, Any], problems: list[str]) -> ModelSpec | None:
+def _spec_of(payload: Mapping[str, Any], folder: Any, problems: list[str]) -> ModelSpec | None:
     """The saved model at its saved size; what stands in the way is added to `problems`."""
+    from fathom.step_folder import CheckpointError, saved_spec
+
     try:
-        spec = zoo.get(payload["model"]["name"])
+        return saved_spec(payload, folder)
+    except CheckpointError as error:
+        problems += [line.strip() for line in str(error).splitlines()[1:]]
     except ValueError as error:
         problems.append(f"{error}; install the package that adds this model")
-        return None
-    found: list[Problem] = []
-    config = apply_config(spec.config, payload["model"]["config"], "model.config", found)
-    problems += map(str, found)
-    return None if found else spec.with_config(config)
+    return None

@@ -163,17 +163,24 @@ class HubTensor:
             dtype, size = _STORED_DTYPE[self.storage], _ELEMENT_BYTES[self.storage]
             return (StoredTensor(self.name, dtype, self.shape, count * size),)
         rows, columns = self.shape
+        scale = scale_shape(self.shape, self.storage)
         if self.storage == "fp8":
-            scale = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
             weight = StoredTensor(self.name, "F8_E4M3", self.shape, count)
         else:
             if columns % FP4_BLOCK:
                 raise ValueError(
                     f"{self.name}: {columns} columns, FP4 storage needs a multiple of {FP4_BLOCK}"
                 )
-            scale = (rows, columns // FP4_BLOCK)
             weight = StoredTensor(self.name, "I8", (rows, columns // 2), count // 2)
         return (weight, StoredTensor(self.scale_name, "F8_E8M0", scale, math.prod(scale)))
+
+
+def scale_shape(shape: tuple[int, ...], storage: str) -> tuple[int, int]:
+    """Shape of the scales of a weight [rows, columns] in "fp8" or "fp4" storage."""
+    rows, columns = shape
+    if storage == "fp8":
+        return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    return rows, columns // FP4_BLOCK
 
 
 def group_by_path(table: Iterable[HubTensor]) -> dict[tuple, dict[tuple[int, ...], HubTensor]]:

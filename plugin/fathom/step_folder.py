@@ -12,9 +12,13 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+
+from fathom import zoo
+from fathom.recipe_checks import Problem, apply_config
 
 logger = logging.getLogger(__name__)
 
@@ -99,3 +103,19 @@ def find_step(path: str | os.PathLike[str]) -> epath.Path | None:
                 return directory / str(step)
             logger.warning("%s is incomplete and skipped", directory / str(step))
     return None
+
+
+def saved_spec(payload: Mapping[str, Any], folder: Any) -> zoo.ModelSpec:
+    """The saved model at its saved size.
+
+    Raises:
+      CheckpointError: when its config cannot be read. ValueError: for a model that is not installed.
+    """
+    spec = zoo.get(payload["model"]["name"])
+    problems: list[Problem] = []
+    config = apply_config(spec.config, payload["model"]["config"], "model.config", problems)
+    if problems:
+        raise CheckpointError(
+            f"{folder}: its model config cannot be read:\n  " + "\n  ".join(map(str, problems))
+        )
+    return spec.with_config(config)

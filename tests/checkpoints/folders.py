@@ -56,11 +56,13 @@ def native_tensors(
     return tensors
 
 
-def native_folder(path: Path, config: DeepseekV4Config, **kwargs) -> dict[str, np.ndarray]:
+def native_folder(
+    path: Path, config: DeepseekV4Config, *, max_shard_bytes: int = 1 << 20, **kwargs
+) -> dict[str, np.ndarray]:
     """Writes `native_tensors` as several shards; returns them."""
     tensors = native_tensors(config, **kwargs)
     hub_config = {**config.to_hf_config(), "expert_dtype": config.expert_dtype or "fp4"}
-    write_folder(path, tensors, config=hub_config, max_shard_bytes=1 << 20)
+    write_folder(path, tensors, config=hub_config, max_shard_bytes=max_shard_bytes)
     (path / "tokenizer.json").write_text('{"a": 1}')
     return tensors
 

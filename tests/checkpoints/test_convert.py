@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -67,6 +69,11 @@ def loaded(path, config, **kwargs) -> dict[str, np.ndarray]:
     return {t.name: t.to_hub(flat[t.path][t.index]) for t in hub_tensors(config)}
 
 
+def model_files(folder) -> dict[str, bytes]:
+    paths = sorted((folder / "model").rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
+
+
 def assert_equal_weights(found, wanted):
     assert set(found) == set(wanted)
     for name, array in wanted.items():
@@ -86,6 +93,32 @@ def test_there_and_back_byte_for_byte(tmp_path, config, fp8_scale):
         )
     assert verify(tmp_path / "step") == verify(tmp_path / "again") == []
     assert not (tmp_path / "step" / WORK_FOLDER).exists()
+
+
+@pytest.mark.parametrize("source", ["hub", "step", "trained"])
+def test_fp4_experts_exported_as_fp8_are_the_same_numbers(tmp_path, native, converted, source):
+    path = {"hub": native[0], "step": converted}.get(source, tmp_path / "trained")
+    if source == "trained":  # plain weights that FP4 holds exactly: encoding them loses nothing
+        to_orbax(native[0], path, "fp32")
+    to_hf(path, tmp_path / "out", expert_dtype="fp8")
+    found = HubSource(tmp_path / "out")
+    experts = [s for s in found.stored.values() if ".experts." in s.name]
+    assert {s.dtype for s in experts} == {"F8_E4M3"} and verify(tmp_path / "out") == []
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["expert_dtype"] == "fp8"
+    assert_equal_weights(decoded(tmp_path / "out", BASE), decoded(native[0], CONFIG))
+
+
+def test_fp4_that_fp8_cannot_hold_is_refused_by_name(tmp_path, capsys):
+    tensors = native_tensors(CONFIG)
+    name = "layers.1.ffn.experts.3.w1"
+    scales = tensors[f"{name}.scale"].view(np.uint8).copy()
+    scales[0, 0], scales[1:, 0] = 140, 112  # 2^28 between two scales of one block
+    tensors[f"{name}.scale"] = scales.view(ml_dtypes.float8_e8m0fnu)
+    write_folder(tmp_path / "hub", tensors, config={**CONFIG.to_hf_config(), "expert_dtype": "fp4"})
+    arguments = ["--to", "hf", str(tmp_path / "hub"), str(tmp_path / "out"), "--expert-dtype", "fp8"]
+    assert main(["convert", *arguments]) == 1
+    assert f"{name}.weight" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.index.json"))
 
 
 def test_an_export_has_the_shards_of_the_release(tmp_path, converted):
@@ -211,16 +244,24 @@ def test_two_processes_make_what_one_makes(tmp_path, native):
     assert second.complete and first.done_now and second.done_now
     assert first.done_now + second.done_now == one.done_now
 
-    def files(folder):
-        return {
-            str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted((folder / "model").rglob("*"))
-            if p.is_file()
-        }
-
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert model_files(tmp_path / "one") == model_files(tmp_path / "two")
     mesh = make_mesh(mesh)
     assert_equal_weights(loaded(tmp_path / "two", CONFIG, mesh=mesh), decoded(native[0], CONFIG))
+
+
+def test_two_processes_at_the_same_time(tmp_path, native):
+    """Real processes into one checkpoint, cut for a mesh: the files are those of a single one."""
+    mesh = ["--mesh", "data=2,fsdp=4", "--dtype", "bf16", "--processes", "2"]
+    command = [sys.executable, "-m", "fathom", "convert", "--to", "orbax", str(native[0]), str(tmp_path / "two"), *mesh]
+    running = [
+        subprocess.Popen([*command, "--process", str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert any("complete" in text for text in texts), texts
+    to_orbax(native[0], tmp_path / "one", "bf16", mesh={"data": 2, "fsdp": 4})
+    assert model_files(tmp_path / "one") == model_files(tmp_path / "two")
+    assert verify(tmp_path / "two") == []
 
 
 def test_a_flipped_bit_is_found_by_verify_and_by_load(tmp_path, native, converted):

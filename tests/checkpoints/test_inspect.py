@@ -76,11 +76,11 @@ def test_missing_extra_and_misshapen_tensors_are_all_named(tmp_path, golden):
     tensors["layers.0.attn.attn_sink"] = np.zeros(4, np.int32)
     problems = inspect_hub(save(tmp_path / "hub", tensors)).problems
     assert sorted(problems) == [
-        "layers.0.attn.attn_sink: dtype I32, which this tensor never has",
-        "layers.3.attn.wq_a.weight: missing",
+        "layers.0.attn.attn_sink: found dtype I32, expected F32 or BF16 or F16",
+        "layers.3.attn.wq_a.weight: missing, expected shape [32, 64]",
         "layers.9.extra.weight: left over, the model has no such tensor (shape [3])",
-        "mtp.0.enorm.weight: missing",
-        "norm.weight: shape [65], expected [64] as F32",
+        "mtp.0.enorm.weight: missing, expected shape [64]",
+        "norm.weight: found shape [65], expected [64] as F32",
     ]
 
 
@@ -96,7 +96,7 @@ def test_the_spelling_of_transformers_and_its_missing_mtp(tmp_path, golden):
     assert len(report.notes) == 1 and "no multi-token prediction" in report.notes[0]
     del tensors["model.norm.weight"]
     problems = inspect_hub(save(tmp_path / "other", tensors)).problems
-    assert "norm.weight: missing" in problems
+    assert "norm.weight: missing, expected shape [64]" in problems
 
 
 def quantised(golden, expert_storage):
@@ -137,8 +137,8 @@ def test_scales_that_are_missing_or_of_another_shape(tmp_path, golden):
     tensors["layers.1.ffn.experts.2.w1.scale"] = np.zeros((32, 3), ml_dtypes.float8_e8m0fnu)
     problems = inspect_hub(save(tmp_path / "hub", tensors)).problems
     assert sorted(problems) == [
-        "layers.0.attn.wq_a.scale: missing, and layers.0.attn.wq_a.weight is quantised",
-        "layers.1.ffn.experts.2.w1.scale: shape [32, 3], expected [32, 2] for fp4",
+        "layers.0.attn.wq_a.scale: missing, and layers.0.attn.wq_a.weight is stored as fp8",
+        "layers.1.ffn.experts.2.w1.scale: found shape [32, 3], expected [32, 2] for fp4",
     ]
 
 
@@ -155,7 +155,7 @@ def test_index_and_shards_that_disagree(tmp_path, golden):
     assert any(f"shard {shards[1].name} is missing" in problem for problem in report.problems)
     assert any("ghost.weight" in problem for problem in report.problems)
     assert report.tensors == len(golden) - lost  # the sound shards are described all the same
-    assert sum(problem.endswith(": missing") for problem in report.problems) == lost
+    assert sum(": missing, expected shape" in problem for problem in report.problems) == lost
 
 
 def test_damaged_files_and_pickles(tmp_path, golden):

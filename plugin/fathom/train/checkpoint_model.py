@@ -14,12 +14,10 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from fathom import zoo
 from fathom.hub import FP4_BLOCK, FP8_BLOCK
 from fathom.layers.options import ComputeOptions
 from fathom.mesh import sharding_scope, state_shardings
-from fathom.recipe_checks import apply_config
-from fathom.step_folder import MODEL, QUANTISED, CheckpointError, find_step, read_payload
+from fathom.step_folder import MODEL, QUANTISED, CheckpointError, find_step, read_payload, saved_spec
 from fathom.train.checkpoint_format import compare_leaves, load_items, nest
 from fathom.train.dequantise import code_sharding, decode, storage_of
 from fathom.train.manifest import architecture_differences, config_differences
@@ -204,14 +202,9 @@ def _shardings(
 
 
 def spec_of(payload: Mapping[str, Any], folder: Any) -> ModelSpec:
-    """The saved model at its saved size; CheckpointError when its config cannot be read."""
-    spec = zoo.get(payload["model"]["name"])
-    problems: list[Any] = []
-    spec = spec.with_config(
-        apply_config(spec.config, payload["model"]["config"], "model.config", problems)
-    )
-    problems += config_differences(payload, spec) if not problems else []
-    if problems:
+    """The saved model at its saved size; CheckpointError when its config cannot be read, or reads as another."""
+    spec = saved_spec(payload, folder)
+    if problems := config_differences(payload, spec):
         raise CheckpointError(
             f"{folder}: its model config cannot be read:\n  " + "\n  ".join(map(str, problems))
         )

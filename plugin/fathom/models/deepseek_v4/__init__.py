@@ -1,45 +1,45 @@
-"""DeepSeek-V4: the ModelSpec of each released size and of the tiny one."""
+"""DeepSeek-V4: the ModelSpec of each released size and of the tiny one.
+
+The model itself is imported when it is built: what reads only configs and tensor tables needs no jax.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-from flax import nnx
-
-from fathom.layers.losses import language_model_loss
-from fathom.layers.options import ComputeOptions
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.formulas import flops_per_token, num_params
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors, native_pieces
-from fathom.models.deepseek_v4.model import DeepseekV4
 from fathom.models.deepseek_v4.sharding import PRESETS
 from fathom.zoo import ModelSpec
 
-ROUTER_BIAS_SUFFIX = ("ffn", "router", "bias")
+if TYPE_CHECKING:
+    import jax
+    from flax import nnx
+
+    from fathom.layers.options import ComputeOptions
+    from fathom.models.deepseek_v4.model import DeepseekV4
 
 
 def build(config: DeepseekV4Config, rngs: nnx.Rngs, options: ComputeOptions) -> DeepseekV4:
     """The model with random weights."""
+    from fathom.models.deepseek_v4.model import DeepseekV4
+
     return DeepseekV4(config, rngs, options)
 
 
-def update_router_bias(state: nnx.State, aux: dict[str, Any], speed: float) -> nnx.State:
-    """Auxiliary-loss-free balancing: each expert's bias moves by `speed` towards the mean load.
+def loss(module: nnx.Module, batch: Any, weights: Any, counts: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """See `fathom.layers.losses.language_model_loss`."""
+    from fathom.layers.losses import language_model_loss
 
-    Args:
-      state: the model's non-Param variables; only router biases change.
-      aux: the loss's aux; "expert_load" maps block path -> token counts [..., E] of the whole batch.
-      speed: step of the bias (V4: 0.001).
-    """
-    flat = dict(nnx.to_flat_state(state))
-    for path, variable in flat.items():
-        if path[-len(ROUTER_BIAS_SUFFIX) :] != ROUTER_BIAS_SUFFIX:
-            continue
-        load = aux["expert_load"]["/".join(map(str, path[: -len(ROUTER_BIAS_SUFFIX)]))]
-        error = jnp.mean(load, axis=-1, keepdims=True) - load
-        flat[path] = variable.replace(variable.get_value() + speed * jnp.sign(error))
-    return nnx.from_flat_state(flat)
+    return language_model_loss(module, batch, weights, counts)
+
+
+def update_state(state: nnx.State, aux: dict[str, Any], speed: float) -> nnx.State:
+    """See `fathom.layers.router_bias.update_router_bias`."""
+    from fathom.layers.router_bias import update_router_bias
+
+    return update_router_bias(state, aux, speed)
 
 
 def frozen(path: tuple, stage: str) -> bool:
@@ -53,11 +53,11 @@ def make_spec(name: str, config: DeepseekV4Config) -> ModelSpec:
         name=name,
         config=config,
         build=build,
-        loss=language_model_loss,
+        loss=loss,
         sharding_presets=PRESETS,
         num_params=num_params,
         flops_per_token=flops_per_token,
-        update_state=update_router_bias,
+        update_state=update_state,
         frozen=frozen,
         config_from_hf=DeepseekV4Config.from_hf_config,
         config_to_hf=DeepseekV4Config.to_hf_config,

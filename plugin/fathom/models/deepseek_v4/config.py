@@ -122,7 +122,7 @@ def plan_layers(kinds: tuple[Any, ...]) -> LayerPlan:
 
 def _check_int(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_INT:
-        raise ValueError(f"{name}: found {value!r}, expected an integer of at least {low}")
+        raise ValueError(f"{name}: found {value!r}, expected an integer from {low} to {_MAX_INT}")
 
 
 def _check_real(name: str, value: Any, above: float) -> None:
@@ -275,8 +275,10 @@ class DeepseekV4Config:
         count = len(self.attention_kinds)
         if not 1 <= count <= _MAX_LAYERS:
             raise ValueError(f"attention_kinds: {count} layers, expected 1 to {_MAX_LAYERS}")
-        experts = count * self.num_experts
-        _check_at_most("num_layers x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
+        blocks = count + self.num_mtp_layers
+        _check_at_most("num_layers + num_mtp_layers", blocks, "the limit", _MAX_LAYERS)
+        experts = blocks * self.num_experts
+        _check_at_most("(num_layers + num_mtp_layers) x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
         for name in ("compress_ratios", "router_kinds"):
             if len(getattr(self, name)) != count:
                 raise ValueError(

@@ -6,6 +6,7 @@ Native Hub names are DeepSeek's own (`layers.0.attn.wq_a.weight`). Hub matrices 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -238,7 +239,15 @@ def normalise_name(name: str) -> str:
 
     Native and unknown names come back as they are, apart from a leading "model.".
     """
-    name = name.removeprefix("model.")
+    # Tens of thousands of names differ in their numbers alone: the renaming is looked up without them.
+    parts = name.removeprefix("model.").split(".")
+    numbers = iter([part for part in parts if part.isdecimal()])
+    renamed = _renamed(".".join("0" if part.isdecimal() else part for part in parts))
+    return ".".join(next(numbers) if part == "0" else part for part in renamed.split("."))
+
+
+@functools.lru_cache(maxsize=4096)
+def _renamed(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
     return name
