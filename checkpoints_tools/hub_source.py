@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import numpy as np
 from checkpoints_tools import quant
 from checkpoints_tools.hub_table import (
     CONFIG_NAME,
-    Place,
     Stored,
     find_places,
     match_table,
+    settle_mtp,
     size_problem,
-    without_absent_mtp,
 )
 from checkpoints_tools.safetensors_io import SafetensorsCheckpoint, list_problems
 from fathom import zoo
@@ -56,7 +55,9 @@ class HubSource:
         config = family.config_from_hf(self.path)
         self.files = SafetensorsCheckpoint(self.path)
         places, problems = find_places(self.files.tensors, family.hub_pieces)
-        config = self._without_absent_mtp(config, places)
+        config, places, left_out = settle_mtp(config, places)
+        if left_out is not None:
+            logger.warning("%s: %s", self.path, left_out)
         if too_many := size_problem(config, len(places)):
             raise HubProblems(f"{self.path}: {too_many}")
         self.spec = family.with_config(config)
@@ -67,17 +68,6 @@ class HubSource:
                 f"{len(problems)} problems:\n{list_problems(problems)}"
             )
         self._log_narrow()
-
-    def _without_absent_mtp(self, config: Any, places: Mapping[str, Place]) -> Any:
-        found = without_absent_mtp(config, places)
-        if found is not config:
-            logger.warning(
-                "%s: config.json announces %d layers of multi-token prediction and the files have none, as "
-                "transformers saves them; loading without",
-                self.path,
-                config.num_mtp_layers,
-            )
-        return found
 
     def _log_narrow(self) -> None:
         """A file that somebody cast as a whole has lost bits the model counts on; say so."""

@@ -93,14 +93,26 @@ def _indexed(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[in
     return tuple(kept)
 
 
-def without_absent_mtp(config: Any, places: Mapping[str, Place]) -> Any:
-    """The config, without the multi-token prediction it announces where `transformers` saved the model without."""
-    if not getattr(config, "num_mtp_layers", 0):
-        return config
-    saved_by_transformers = any(place.name.startswith("model.") for place in places.values())
-    if not saved_by_transformers or any(name.startswith("mtp.") for name in places):
-        return config
-    return dataclasses.replace(config, num_mtp_layers=0, mtp_kind="mtp", dspark=None)
+def settle_mtp(config: Any, places: Mapping[str, Place]) -> tuple[Any, Mapping[str, Place], str | None]:
+    """The config and the places of what can be had, and what is left out of the multi-token prediction, if anything.
+
+    `transformers` saves models without it although their config still announces it; DSpark's stages are blocks that
+    the model does not have.
+    """
+    announced = getattr(config, "num_mtp_layers", 0)
+    if not announced:
+        return config, places, None
+    without = dataclasses.replace(config, num_mtp_layers=0, mtp_kind="mtp", dspark=None)
+    found = [name for name in places if name.startswith("mtp.")]
+    if config.mtp_kind == "dspark":
+        kept = {name: place for name, place in places.items() if not name.startswith("mtp.")}
+        return without, kept, (
+            f"DSpark: {announced} stages of multi-token prediction ({len(found)} tensors), blocks that the model "
+            "does not have; they are left out"
+        )
+    if found or not any(place.name.startswith("model.") for place in places.values()):
+        return config, places, None
+    return without, places, f"no multi-token prediction ({announced} layers announced), as transformers saves models"
 
 
 def match_table(

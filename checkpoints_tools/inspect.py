@@ -19,8 +19,8 @@ from checkpoints_tools.hub_table import (
     Place,
     find_places,
     match_table,
+    settle_mtp,
     size_problem,
-    without_absent_mtp,
 )
 from checkpoints_tools.safetensors_io import (
     INDEX_NAME,
@@ -235,13 +235,10 @@ def _compare(spec: zoo.ModelSpec, config: Any, places: Mapping[str, Place], repo
     if too_many := size_problem(config, len(places)):
         report.problems.append(too_many)
         return
-    found = without_absent_mtp(config, places)
-    if found is not config:
-        report.notes.append(
-            f"no multi-token prediction ({config.num_mtp_layers} layers announced), as transformers saves models"
-        )
+    config, places, left_out = settle_mtp(config, places)
+    report.notes += [left_out] if left_out is not None else []
     try:
-        report.problems += match_table(spec.hub_tensors(found), places)[1]
+        report.problems += match_table(spec.hub_tensors(config), places)[1]
     except ValueError as error:
         report.problems.append(str(error))
 

@@ -233,6 +233,8 @@ def hub_config(plan: HubPlan, aux: Path | None) -> dict[str, Any]:
     original = aux / CONFIG_NAME if aux is not None else None
     if original is not None and original.is_file():
         config = json.loads(original.read_text("utf-8"))
+        if _mtp_kind(spec.config_from_hf(original)) != _mtp_kind(spec.config):
+            config = spec.config_to_hf(spec.config)  # it announces stages that were left out
         if plan.dtype == "native" and not _encoded(plan):
             return config | ({"expert_dtype": plan.expert_dtype} if plan.expert_dtype else {})
     else:
@@ -255,6 +257,10 @@ def hub_config(plan: HubPlan, aux: Path | None) -> dict[str, Any]:
         if "dtype" in config:
             config["dtype"] = config["torch_dtype"]
     return config
+
+
+def _mtp_kind(config: Any) -> str | None:
+    return getattr(config, "mtp_kind", None)
 
 
 def _encoded(plan: HubPlan) -> bool:

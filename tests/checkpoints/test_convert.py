@@ -121,6 +121,27 @@ def test_fp4_that_fp8_cannot_hold_is_refused_by_name(tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*.index.json"))
 
 
+def test_dsparks_stages_are_left_out_and_told(tmp_path, capsys, caplog):
+    """The re-releases' extra stages are blocks that the model does not have; the rest of them converts."""
+    tensors = native_tensors(CONFIG)
+    for name in ("main_proj.weight", "markov_head.weight", "confidence_head.weight"):
+        tensors |= {f"mtp.{stage}.{name}": np.ones((8, 4), ml_dtypes.bfloat16) for stage in range(3)}
+    config = {**CONFIG.to_hf_config(), "expert_dtype": "fp4"}
+    config["compress_ratios"] = [*CONFIG.compress_ratios, 0, 0, 0]
+    config |= {"dspark_block_size": 5, "dspark_noise_token_id": 7, "dspark_markov_rank": 16}
+    config["dspark_target_layer_ids"] = [2, 3, 4]
+    write_folder(tmp_path / "hub", tensors, config=config)
+    assert main(["inspect", str(tmp_path / "hub")]) == 0
+    assert "DSpark: 3 stages" in capsys.readouterr().out
+    to_orbax(tmp_path / "hub", tmp_path / "step")
+    assert "DSpark: 3 stages" in caplog.text
+    to_hf(tmp_path / "step", tmp_path / "again")
+    assert_same_bytes(tmp_path / "again", {k: v for k, v in tensors.items() if not k.startswith("mtp.")})
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not [key for key in again if key.startswith("dspark")]
+    assert main(["inspect", str(tmp_path / "again")]) == 0
+
+
 def test_an_export_has_the_shards_of_the_release(tmp_path, converted):
     to_hf(converted, tmp_path / "hub")
     index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
