@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """`fathom inspect` on DeepSeek-V4-Flash's 46 shards and 69,187 tensors: seconds from start to report.
 
-    scripts/bench/inspect.py FOLDER [--repeats 5]
+    scripts/bench/inspect_index.py FOLDER [--repeats 5]
 
 The shards are hollow: real headers, and holes where the data would be, so FOLDER needs 20 MB.
 """
@@ -65,7 +65,8 @@ def main() -> None:
             [sys.executable, "-m", "fathom", "inspect", str(folder)], check=True, stdout=subprocess.DEVNULL
         )
         seconds.append(time.perf_counter() - begin)
-    print(f"{count:,} tensors, {os.cpu_count()} cores: median {statistics.median(seconds):.2f} s, best {min(seconds):.2f}")
+    median = statistics.median(seconds)
+    print(f"{count:,} tensors, {os.cpu_count()} cores: median {median:.2f} s, best {min(seconds):.2f} s")
     shutil.rmtree(folder)
 
 
