@@ -82,7 +82,8 @@ class HubSource:
             )
 
     def value_problems(self) -> Iterator[str]:
-        """Scales that are no numbers, and tables with ids that do not exist. Reads those tensors only."""
+        """Scales that are no numbers, tables with ids that do not exist, copies that are none. Reads those only."""
+        yield from self._copy_problems()
         for stored in self.stored.values():
             if stored.scale is not None:
                 yield from quant.check_scales(self.files.fetch(stored.scale), stored.scale)
@@ -97,6 +98,18 @@ class HubSource:
                 f"{self.files.file_of(stored.name)}: tensor {stored.name}: found values {low} to {high}, "
                 f"expected 0 to {stored.tensor.limit - 1}"
             )
+
+    def _copy_problems(self) -> Iterator[str]:
+        for copy, name in self.spec.hub_copies(self.spec.config).items():
+            if copy not in self.files.tensors or name not in self.stored:
+                continue
+            stored = self.stored[name]
+            one, other = self.files.fetch(copy), self.files.fetch(stored.name, stored.index)
+            if one.dtype != other.dtype or one.shape != other.shape or one.tobytes() != other.tobytes():
+                yield (
+                    f"{self.files.file_of(copy)}: tensor {copy}: differs from {name}, expected a copy of it: the "
+                    "model has one of them only"
+                )
 
     def check_values(self) -> None:
         """Raises HubProblems with all of `value_problems`."""

@@ -102,10 +102,13 @@ def settle_mtp(config: Any, places: Mapping[str, Place]) -> tuple[Any, Mapping[s
     announced = getattr(config, "num_mtp_layers", 0)
     if not announced:
         return config, places, None
-    without = dataclasses.replace(config, num_mtp_layers=0, mtp_kind="mtp", dspark=None)
-    found = [name for name in places if name.startswith("mtp.")]
-    if config.mtp_kind == "dspark":
-        kept = {name: place for name, place in places.items() if not name.startswith("mtp.")}
+    dspark = getattr(config, "mtp_kind", "mtp") == "dspark"
+    changes = {"mtp_kind": "mtp", "dspark": None} if dspark else {}
+    without = dataclasses.replace(config, num_mtp_layers=0, **changes)
+    prefixes = getattr(config, "mtp_prefixes", ("mtp.",))
+    found = [name for name in places if name.startswith(prefixes)]
+    if dspark:
+        kept = {name: place for name, place in places.items() if not name.startswith(prefixes)}
         return without, kept, (
             f"DSpark: {announced} stages of multi-token prediction ({len(found)} tensors), blocks that the model "
             "does not have; they are left out"

@@ -26,7 +26,7 @@ from fathom.hub import FP8_BLOCK, HubTensor, scale_shape
 MAX_SHARD_BYTES = 16 << 30
 """The release has a shard for each layer, 3.5 GB in Flash and 14 GB in Pro; wider storage is cut at this size."""
 
-_LAYER = re.compile(r"^(layers|mtp)\.(\d+)\.")
+_LAYER = re.compile(r"^(?:model\.)?(layers|mtp)\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +82,15 @@ def plan_hub(
       expert_dtype: "fp8" stores in native dtype as FP8 what would be FP4.
     """
     targets = [_target(source, stored, dtype, narrowing, expert_dtype) for stored in source.stored.values()]
+    of_name = {target.entries[0].name: target for target in targets}
+    for copy, name in source.spec.hub_copies(source.spec.config).items():
+        target = of_name[name]
+        (entry,) = target.entries
+        targets.append(dataclasses.replace(target, entries=(entry._replace(name=copy),)))
     groups: list[list[Target]] = []
     last, size = None, 0
-    for target in sorted(targets, key=lambda t: _shard_order(t.tensor.name)):
-        group = _shard_order(target.tensor.name)
+    for target in sorted(targets, key=lambda t: _shard_order(t.entries[0].name)):
+        group = _shard_order(target.entries[0].name)
         if group != last or size + target.num_bytes > MAX_SHARD_BYTES:
             groups.append([])
             last, size = group, 0
@@ -100,7 +105,7 @@ def _shard_order(name: str) -> tuple[int, int]:
     found = _LAYER.match(name)
     if found:
         return (1 if found[1] == "layers" else 3), int(found[2])
-    return (0, 0) if name.startswith("embed") else (2, 0)
+    return (0, 0) if name.removeprefix("model.").startswith("embed") else (2, 0)
 
 
 def _target(

@@ -28,7 +28,9 @@ from pydantic import (
 
 from fathom.layers.options import (
     ATTENTION_IMPLEMENTATIONS,
+    MLA_FORMS,
     REMAT_POLICIES,
+    SELECTIONS,
     STAGES,
     ComputeOptions,
 )
@@ -94,15 +96,20 @@ class ModelBlock(Block):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal[ATTENTION_IMPLEMENTATIONS] = "auto"
-    query_chunk: int = Field(128, ge=1)
+    query_chunk: int | None = Field(None, ge=1)
     remat: Literal[REMAT_POLICIES] = "none"
     simulate_quant: bool = False
+    selection: Literal[SELECTIONS] = "exact"
+    recall_target: float = Field(0.95, gt=0, le=1)
+    mla_form: Literal[MLA_FORMS] = "auto"
 
-    def compute_options(self, stage: str = "sparse") -> ComputeOptions:
-        """The ComputeOptions that the model is built with in a stage (`train.stage`)."""
-        fields = ("dtype", "param_dtype", "attention", "query_chunk", "remat", "simulate_quant")
-        values = {name: getattr(self, name) for name in fields}
-        return ComputeOptions(**values, stage=stage)
+    def compute_options(self, train: TrainBlock | None = None) -> ComputeOptions:
+        """The ComputeOptions that the model is built with, in the stage of a train block."""
+        ours = ("name", "init", "config")
+        values = {name: getattr(self, name) for name in type(self).model_fields if name not in ours}
+        if train is None:
+            return ComputeOptions(**values)
+        return ComputeOptions(**values, stage=train.stage, indexer_loss=train.trains_indexer)
 
 
 class DataBlock(Block):
@@ -190,8 +197,13 @@ class MeshBlock(Block):
 
 
 class TrainBlock(Block):
-    """How long, with which loss weights. After `max_runtime` seconds, or after step `stop_at`, the run saves and
-    stops; schedules still span `steps`."""
+    """How long, in which stage, with which loss weights. After `max_runtime` seconds, or after step `stop_at`, the
+    run saves and stops; schedules still span `steps`.
+
+    Stages: "dense" attends to everything visible and leaves the indexer alone; "indexer-warmup" does too, and trains
+    the indexer and nothing else; "sparse" attends to what the indexer selects and trains all, the indexer by its own
+    loss (`indexer_weight`; 0 leaves it as it is). What a stage does not train has no place in the optimizer.
+    """
 
     steps: int = Field(ge=1)
     seed: int = Field(0, ge=0)
@@ -199,12 +211,23 @@ class TrainBlock(Block):
     stage: Literal[STAGES] = "sparse"
     mtp_weight: float = Field(0.3, ge=0)
     balance_weight: float = Field(1e-4, ge=0)
+    indexer_weight: float = Field(1e-2, ge=0)
     router_bias_speed: float = Field(1e-3, ge=0)
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0)
     skip_nonfinite: int = Field(0, ge=0)
     max_runtime: float | None = Field(None, gt=0)
     stop_at: int | None = Field(None, ge=1)
+
+    @property
+    def trains_indexer(self) -> bool:
+        """Whether the indexer has a loss of its own."""
+        return self.stage != "dense" and self.indexer_weight > 0
+
+    @property
+    def parameter_stage(self) -> str:
+        """The stage that says which parameters train: without a loss for the indexer those of "dense"."""
+        return self.stage if self.trains_indexer else "dense"
 
 
 class CheckpointBlock(Block):
@@ -275,7 +298,7 @@ class Recipe(Block):
 
     def compute_options(self) -> ComputeOptions:
         """The ComputeOptions that the model is built with, `train.stage` included."""
-        return self.model.compute_options(self.train.stage)
+        return self.model.compute_options(self.train)
 
     def check(self, num_devices: int) -> None:
         """Refuses impossible combinations before any compilation.
@@ -385,6 +408,7 @@ SAFE_TO_CHANGE = (
     "model.attention",
     "model.query_chunk",
     "model.remat",
+    "model.mla_form",
     "data.path",
     "optimizer.",
     "mesh.",

@@ -383,14 +383,16 @@ def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> It
 
     from fathom.mesh import abstract_mesh, state_shardings
 
-    stage = have["train"].stage if "train" in have else "sparse"
-    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options(stage)
+    train = have.get("train")
+    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options(train)
     try:
         module = nnx.eval_shape(lambda: spec.build(spec.config, nnx.Rngs(0), options))
     except ValueError as error:
         found = f"a model that cannot be built: {error}"
         yield Problem("model", found, "an architecture that builds", "correct model.config")
         return
+    if train is not None:
+        yield from _stage_problems(spec, module, train)
     count = 0
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         try:
@@ -403,6 +405,24 @@ def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> It
     if count > MAX_WEIGHT_PROBLEMS:
         more = count - MAX_WEIGHT_PROBLEMS
         yield Problem("mesh", f"{more} more weights like these", "none", "see the first ones")
+
+
+def _stage_problems(spec: ModelSpec, module: Any, train: Any) -> Iterator[Problem]:
+    """A stage that would train nothing."""
+    from flax import nnx
+
+    if train.stage == "indexer-warmup" and not train.trains_indexer:
+        fix = "set train.indexer_weight above 0"
+        yield Problem("train.indexer_weight", f"{train.indexer_weight}", "a weight for the only loss of the stage", fix)
+        return
+    paths = [path for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))]
+    if all(spec.frozen(path, train.parameter_stage) for path in paths):
+        yield Problem(
+            "train.stage",
+            f"{train.stage!r} with model {spec.name!r}, which then has no parameter to train",
+            "a stage whose parameters the model has",
+            "set train.stage=sparse, or give the model layers with an indexer",
+        )
 
 
 # --- The architecture ----------------------------------------------------------------------------

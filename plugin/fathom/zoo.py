@@ -48,6 +48,7 @@ class ModelSpec:
       config_from_hf, config_to_hf, hub_tensors: the Hub's config and tensor table, None where the model has none.
       hub_model_type: `model_type` of the Hub configs that `config_from_hf` reads.
       hub_pieces: (name in any spelling, shape) -> [(native name, index of the piece)].
+      hub_copies: config -> {name of a tensor that repeats another in released files: that other's native name}.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelSpec:
     hub_tensors: Callable[[Any], list] | None = None
     hub_model_type: str | None = None
     hub_pieces: Callable[[str, tuple[int, ...]], list] | None = None
+    hub_copies: Callable[[Any], dict[str, str]] = lambda config: {}
 
     def __post_init__(self) -> None:
         if "default" not in self.sharding_presets:

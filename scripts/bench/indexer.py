@@ -3,7 +3,8 @@
 
     scripts/bench/indexer.py [--queries 1024] [--keys 131072] [--top-k 2048] [--repeats 3]
 
-CPU seconds are measured (the comparison once: it takes minutes); flops, bytes and temporary memory are the compiler's for one v5p chip, which need no TPU.
+CPU seconds are measured, the comparison once: it takes minutes. Flops, bytes and temporary memory are the compiler's
+for one v5p chip, which need no TPU.
 """
 
 from __future__ import annotations

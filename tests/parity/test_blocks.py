@@ -269,7 +269,7 @@ def _forward_and_gradients(kind, ratio, length, implementation, packed):
         if packed:  # the general path, given one document per row
             layout = (jnp.broadcast_to(jnp.arange(length), (2, length)), tokens + 1)
         inputs = make_layer_inputs(config, tokens, make_documents(tokens, *layout))
-        out, vjp = jax.vjp(lambda s, x: nnx.merge(graphdef, s)(x, inputs), state, x)
+        out, vjp = jax.vjp(lambda s, x: nnx.merge(graphdef, s)(x, inputs)[0], state, x)
         return out, *vjp(cotangent)
 
     return jax.jit(run)

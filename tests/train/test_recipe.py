@@ -499,3 +499,33 @@ def test_a_key_that_an_older_version_did_not_have_counts_as_its_default():
     assert len(compare_for_resume(old, recipe_with(train__stage="dense"))) == 1
     old["data"]["colour"] = "blue"  # one that this version does not have
     assert compare_for_resume(old, recipe_with())[0].startswith("data.colour: 'blue'")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "words"),
+    [
+        ("model.recall_target=1.2", "model.recall_target", "less than or equal to 1"),
+        ("model.recall_target=0", "model.recall_target", "greater than 0"),
+        ("model.selection=fast", "model.selection", "'exact' or 'approx'"),
+        ("train.stage=warmup", "train.stage", "'indexer-warmup'"),
+        ("train.indexer_weight=-1", "train.indexer_weight", "greater than or equal to 0"),
+    ],
+)
+def test_selections_and_stages_that_are_none(override, key, words):
+    problem = problems_of(load_recipe, "tiny-v4-cpu", [override])[key]
+    assert words in f"{problem.found} {problem.expected}", problem
+
+
+def test_selecting_nothing_and_training_nothing():
+    recipe = load_recipe("tiny-v4-cpu", ["model.config.index_top_k=0"])
+    assert "index_top_k: found 0" in str(list(problems_of(recipe.check, 8).values()))
+    only_sliding = [
+        'model.config.attention_kinds=["sliding"]',
+        "model.config.compress_ratios=[0]",
+        'model.config.router_kinds=["hash"]',
+    ]
+    recipe = load_recipe("tiny-v4-cpu", [*only_sliding, "train.stage=indexer-warmup"])
+    assert "no parameter to train" in problems_of(recipe.check, 8)["train.stage"].found
+    recipe = load_recipe("tiny-v4-cpu", ["train.stage=indexer-warmup", "train.indexer_weight=0"])
+    assert "train.indexer_weight" in problems_of(recipe.check, 8)
+    load_recipe("tiny-v4-cpu", ["train.stage=indexer-warmup"]).check(8)

@@ -1,4 +1,4 @@
-"""The language-model loss: next token, MTP, and sequence-wise expert balance.
+"""The language-model loss: next token, MTP, sequence-wise expert balance, and the indexers' own.
 
 Sums are divided by counts of the whole batch, given from outside, so that losses and gradients of microbatches
 simply add up. Targets are made here: the target of position s is the token after it in the same document.
@@ -19,10 +19,11 @@ from fathom.ops.cross_entropy import linear_cross_entropy
 
 
 class LossWeights(NamedTuple):
-    """What the MTP loss and the balance loss count for (V4: 0.3, later 0.1; and 1e-4)."""
+    """What the MTP loss, the balance loss and the indexers' loss count for (V4: 0.3, later 0.1; 1e-4; 1e-2)."""
 
     mtp: float = 0.3
     balance: float = 1e-4
+    indexer: float = 1e-2
 
 
 class LossCounts(NamedTuple):
@@ -93,7 +94,8 @@ def language_model_loss(
     weights: LossWeights,
     counts: LossCounts,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Next-token cross-entropy + weights.mtp * MTP cross-entropy + weights.balance * balance loss.
+    """Next-token cross-entropy + weights.mtp * MTP cross-entropy + weights.balance * balance loss, and
+    weights.indexer * the indexers' loss where the model gives one: KL per token, summed over layers.
 
     Args:
       model: has `features(tokens, positions, segment_ids)` and `head.kernel(dtype)`.
@@ -102,8 +104,8 @@ def language_model_loss(
       weights: factors of the parts. counts: denominators of the whole batch (`count_targets`).
 
     Returns:
-      float32 scalar in nats per token, and aux: "loss/main", "loss/mtp", "loss/balance" (each unweighted),
-      "expert_load" (block path -> token counts).
+      float32 scalar in nats per token, and aux: "loss/main", "loss/mtp", "loss/balance", "loss/indexer" (each
+      unweighted), "expert_load" (block path -> token counts).
     """
     features = model.features(batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
     kernel = model.head.kernel(features.hidden.dtype)
@@ -118,5 +120,8 @@ def language_model_loss(
         mtp = head_cross_entropy(features.mtp_hidden[0], kernel, after, mtp_mask)
         aux["loss/mtp"] = mtp / counts.mtp_tokens
         total = total + weights.mtp * aux["loss/mtp"]
+    if "indexer" in features.aux:
+        aux["loss/indexer"] = features.aux["indexer"] / counts.valid_tokens
+        total = total + weights.indexer * aux["loss/indexer"]
     aux["expert_load"] = features.aux["expert_load"]
     return total, aux

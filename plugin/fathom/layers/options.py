@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "masked", "gathered")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
-STAGES = ("dense", "sparse")
+STAGES = ("dense", "indexer-warmup", "sparse")
+SELECTIONS = ("exact", "approx")
+MLA_FORMS = ("auto", "expanded", "absorbed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,23 +19,34 @@ class ComputeOptions:
       dtype: activations and matrix products, "float32" or "bfloat16". Parts that the reference keeps in
         float32 stay so (see the table in models/deepseek_v4/README.md).
       param_dtype: storage of the weights; those kept in float32 stay float32.
-      attention: which version of the attention op runs; "auto" picks by the rule in ops/attention.py.
-      query_chunk: queries per step of the chunked attention and of the indexer.
+      attention: which version of the attention op runs; "auto" picks by the rule in ops/sparse_mqa.py.
+      query_chunk: queries per step of the attention and of the indexer; by platform and version unless given.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "dots" saves the results of matrix products without batch dimensions;
         "attention" saves the attention outputs and the selected indices.
       simulate_quant: reproduce the FP8/FP4 rounding and the Hadamard rotation of the released inference code.
-      stage: the attention stage of the training curriculum; "dense" lets CSA layers see every visible
-        compressed entry, "sparse" only those the indexer selects.
+      stage: the attention stage of the training curriculum; "dense" and "indexer-warmup" let CSA layers see every
+        visible compressed entry, "sparse" only those the indexer selects. V3.2's entries are the tokens.
+      indexer_loss: every layer with an indexer also gives the loss that trains it (ops/indexer_kl.py): over all that
+        is visible in the stage "indexer-warmup", over what is selected in "sparse"; never in "dense".
+      selection: how the indexer takes its top-k: "exact", ties to the lowest entry, or "approx", by the
+        TPU's approximate top-k.
+      recall_target: with "approx", the mean share of the true top-k to find, in (0, 1]; "exact" ignores it.
+      mla_form: which form of V3.2's attention runs, "expanded" or "absorbed"; "auto" picks by the rule in
+        models/deepseek_v32/mla.py. V4 has one form and ignores it.
     """
 
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     attention: str = "auto"
-    query_chunk: int = 128
+    query_chunk: int | None = None
     remat: str = "none"
     simulate_quant: bool = False
     stage: str = "sparse"
+    indexer_loss: bool = False
+    selection: str = "exact"
+    recall_target: float = 0.95
+    mla_form: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -42,10 +55,17 @@ class ComputeOptions:
             ("attention", ATTENTION_IMPLEMENTATIONS),
             ("remat", REMAT_POLICIES),
             ("stage", STAGES),
+            ("selection", SELECTIONS),
+            ("mla_form", MLA_FORMS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"ComputeOptions.{name}: found {getattr(self, name)!r}, expected one of {allowed}"
                 )
-        if self.query_chunk < 1:
+        if self.query_chunk is not None and self.query_chunk < 1:
             raise ValueError(f"ComputeOptions.query_chunk: found {self.query_chunk}, expected >= 1")
+        recall = self.recall_target
+        if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 < recall <= 1:
+            raise ValueError(
+                f"ComputeOptions.recall_target: found {recall!r}, expected a number above 0 and at most 1"
+            )

@@ -1,14 +1,15 @@
 """Which experts a token goes to, with what weight, and the statistics that keep experts balanced.
 
-Scores are sqrt(softplus(x W)), in float32 from both operands on: a product in bfloat16 makes ties
-and flips experts. Selection is either learned, by score plus a bias that only ever selects, or a
-fixed table from token id to experts.
+Scores are sqrt(softplus(x W)), or sigmoid(x W) in V3.2, in float32 from both operands on: a product in bfloat16 makes
+ties and flips experts. Selection is either learned, by score plus a bias that only ever selects (in V3.2 within the
+best groups of experts), or a fixed table from token id to experts.
 
 Letters: B batch, S sequence, D hidden, E experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -43,15 +44,17 @@ def sqrt_softplus(x: jax.Array) -> jax.Array:
     return jnp.where(tail, jnp.exp(0.5 * low), jnp.sqrt(jax.nn.softplus(high)))
 
 
-def router_scores(x_BSD: jax.Array, weight_DE: jax.Array) -> jax.Array:
-    """float32 [B, S, E]: sqrt(softplus(x W)), both operands in float32 at the highest precision."""
+def router_scores(
+    x_BSD: jax.Array, weight_DE: jax.Array, activation: Callable[[jax.Array], jax.Array] = sqrt_softplus
+) -> jax.Array:
+    """float32 [B, S, E]: activation(x W), both operands in float32 at the highest precision."""
     logits = jnp.einsum(
         "bsd,de->bse",
         x_BSD.astype(jnp.float32),
         weight_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return constrain(sqrt_softplus(logits), ("act_batch", "act_sequence", None))
+    return constrain(activation(logits), ("act_batch", "act_sequence", None))
 
 
 def routing_from(scores_BSE: jax.Array, indices_BSK: jax.Array, scale: float) -> Routing:
@@ -106,6 +109,39 @@ class LearnedRouter(nnx.Module):
         return routing_from(scores, indices, self.scale)
 
 
+class GroupLimitedRouter(LearnedRouter):
+    """V3.2's: sigmoid scores; experts come from the groups whose two best scores + bias have the largest sums.
+
+    Attributes: as `LearnedRouter`; experts [g * E / groups, (g + 1) * E / groups) are group g.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, *, num_groups: int, groups_per_token: int, **common):
+        super().__init__(rngs, **common)
+        num_experts, top_k = common["num_experts"], common["top_k"]
+        size = num_experts // num_groups
+        if num_experts % num_groups or size < 2 or not top_k <= groups_per_token * size <= num_experts:
+            raise ValueError(
+                f"{num_experts} experts in {num_groups} groups, {groups_per_token} of them for {top_k} experts per "
+                "token: expected equal groups of at least two experts, and enough of them chosen to hold the token's"
+            )
+        self.num_groups, self.groups_per_token = num_groups, groups_per_token
+
+    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array) -> Routing:
+        """[B, S, D] -> Routing; `tokens_BS` is not used."""
+        del tokens_BS
+        scores = router_scores(x_BSD, self.weight[...], jax.nn.sigmoid)
+        indices = _on_own_tokens(self._select, jax.lax.stop_gradient(scores + self.bias[...]))
+        return routing_from(scores, indices, self.scale)
+
+    def _select(self, values_BSE: jax.Array) -> jax.Array:
+        groups = values_BSE.reshape(*values_BSE.shape[:-1], self.num_groups, -1)
+        best = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+        chosen = jax.lax.top_k(best, self.groups_per_token)[1]
+        kept = jnp.any(chosen[..., None] == jnp.arange(self.num_groups), axis=-2)
+        values = jnp.where(kept[..., None], groups, -jnp.inf).reshape(values_BSE.shape)
+        return jax.lax.top_k(values, self.top_k)[1].astype(jnp.int32)
+
+
 class HashRouter(nnx.Module):
     """Selects by a fixed table from token id to experts; the learned scores only weigh them.
 
@@ -151,6 +187,11 @@ def _top_k(values_BSE: jax.Array, top_k: int) -> jax.Array:
     def select(values: jax.Array) -> jax.Array:
         return jax.lax.top_k(values, top_k)[1].astype(jnp.int32)
 
+    return _on_own_tokens(select, values_BSE)
+
+
+def _on_own_tokens(select: Callable[[jax.Array], jax.Array], values_BSE: jax.Array) -> jax.Array:
+    """`select` over the last dimension, each device for its own tokens."""
     batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
     if not batch + sequence:
         return select(values_BSE)

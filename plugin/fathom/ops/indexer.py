@@ -1,7 +1,7 @@
-"""The lightning indexer's scores and exact selection (report eq. 13-17; models/deepseek_v4/README.md "Indexer").
+"""The lightning indexer's scores and selection (report eq. 13-17; models/deepseek_v4/README.md "Indexer").
 
-score[s, e] = sum_h w[s, h] relu(q[s, h] . k[e]); each query keeps its top_k visible entries, ties to the lowest
-entry number. Selection is discrete: no gradient passes through it.
+score[s, e] = sum_h w[s, h] relu(q[s, h] . k[e]); each query keeps its top_k visible entries. Selection is discrete: no
+gradient passes through it. An entry is a compressed window of tokens (V4) or a token (V3.2).
 
 Letters: B batch, S queries, C queries of a chunk, E entries, N index heads, H index head dim, K = min(top_k, E).
 """
@@ -24,6 +24,36 @@ def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) 
     return jnp.einsum("bsne,bsn->bse", jax.nn.relu(products), weights, precision=precision_of(weights))
 
 
+def exact_topk(scores_BCE: jax.Array, visible: VisibleRange, keep: int) -> jax.Array:
+    """int32 [B, C, keep]: the visible entries of the largest scores, best first, ties to the lowest entry; then -1."""
+    values, indices = jax.lax.top_k(_visible_scores(scores_BCE, visible), keep)
+    return jnp.where(values > -jnp.inf, indices, -1).astype(jnp.int32)
+
+
+def approximate_topk(
+    scores_BCE: jax.Array, visible: VisibleRange, keep: int, recall_target: float
+) -> jax.Array:
+    """Like `exact_topk`, missing on average at most 1 - recall_target of the entries; ties are taken as they come.
+
+    On TPUs it is one pass that keeps the best of each of several interleaved groups of entries (arXiv 2206.14286);
+    other platforms sort, and find all. A query that sees at most `keep` entries gets each of them: two that fall
+    into one group would otherwise cost one of them although there is room for both.
+    """
+    scores = _visible_scores(scores_BCE, visible)
+    values, indices = jax.lax.approx_max_k(scores, keep, recall_target=recall_target)
+    indices = jnp.where(values > -jnp.inf, indices, -1)
+    count = (visible.end_BS - visible.begin_BS)[..., None]
+    place = jnp.arange(keep)
+    all_seen = jnp.where(place < count, visible.begin_BS[..., None] + place, -1)
+    return jnp.where(count <= keep, all_seen, indices).astype(jnp.int32)
+
+
+def _visible_scores(scores_BCE: jax.Array, visible: VisibleRange) -> jax.Array:
+    entry = jnp.arange(scores_BCE.shape[-1])
+    seen = (entry >= visible.begin_BS[..., None]) & (entry < visible.end_BS[..., None])
+    return jnp.where(seen, scores_BCE, -jnp.inf)
+
+
 def indexer_topk(
     q_BSNH: jax.Array,
     k_BEH: jax.Array,
@@ -32,6 +62,8 @@ def indexer_topk(
     top_k: int,
     *,
     query_chunk: int = 128,
+    selection: str = "exact",
+    recall_target: float = 0.95,
 ) -> jax.Array:
     """The entries each query attends to.
 
@@ -40,20 +72,26 @@ def indexer_topk(
       visible: the range of entries each query may choose from.
       top_k: how many to keep.
       query_chunk: queries scored at a time; [C, N, E] is the largest array held.
+      selection: "exact" (`exact_topk`) or "approx" (`approximate_topk`).
+      recall_target: with "approx", the mean share of the true top-k to find.
 
     Returns:
-      int32 [B, S, min(top_k, E)], best first, ties by lowest entry number, -1 where a query sees fewer.
+      int32 [B, S, min(top_k, E)], no entry twice, -1 where a query sees fewer; best first with ties by lowest entry
+      number when exact.
+
+    Raises:
+      ValueError: for an unknown selection.
     """
-    num_entries = k_BEH.shape[1]
-    keep = min(top_k, num_entries)
-    entry = jnp.arange(num_entries)
+    if selection not in ("exact", "approx"):
+        raise ValueError(f"unknown indexer selection {selection!r}; expected 'exact' or 'approx'")
+    keep = min(top_k, k_BEH.shape[1])
 
     def one_chunk(chunk):
         q, weights, begin, end = chunk
         scores = indexer_scores(q, k_BEH, weights)
-        seen = (entry >= begin[..., None]) & (entry < end[..., None])
-        values, indices = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), keep)
-        return jnp.where(values > -jnp.inf, indices, -1).astype(jnp.int32)
+        if selection == "exact":
+            return exact_topk(scores, VisibleRange(begin, end), keep)
+        return approximate_topk(scores, VisibleRange(begin, end), keep, recall_target)
 
     chunk = min(query_chunk, q_BSNH.shape[1])
     parts = (q_BSNH, weights_BSN, *visible)

@@ -97,10 +97,10 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
     block, train = recipe.optimizer, recipe.train
     with sharding_scope(mesh, rules):
         model = split_model(spec, options)
-        tx = optimizer.make_optimizer(spec, model.params, block, train.steps, train.stage)
+        tx = optimizer.make_optimizer(spec, model.params, block, train.steps, train.parameter_stage)
 
         def init_tx(params):
-            return optimizer.init_optimizer(tx, spec, params, train.stage)
+            return optimizer.init_optimizer(tx, spec, params, train.parameter_stage)
 
         state = abstract_state(spec, model, init_tx, mesh, rules)
 
@@ -114,7 +114,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
     schedule = optimizer.make_schedule(block, train.steps)
     shardings = shardings_of(state)
     train_step = make_train_step(spec, model, tx, schedule, train, shardings)
-    weights = LossWeights(mtp=train.mtp_weight, balance=train.balance_weight)
+    weights = loss_weights(train)
     return Program(
         spec=spec,
         options=options,
@@ -128,6 +128,11 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights)),
     )
+
+
+def loss_weights(train: Any) -> LossWeights:
+    """The weights of the recipe's train block."""
+    return LossWeights(mtp=train.mtp_weight, balance=train.balance_weight, indexer=train.indexer_weight)
 
 
 def make_train_step(
@@ -146,11 +151,11 @@ def make_train_step(
     Args:
       train: the recipe's train block. shardings: layout of the state.
     """
-    weights = LossWeights(mtp=train.mtp_weight, balance=train.balance_weight)
-    grad_shardings, _ = optimizer.split_frozen(spec, shardings.params, train.stage)
+    weights = loss_weights(train)
+    grad_shardings, _ = optimizer.split_frozen(spec, shardings.params, train.parameter_stage)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        trainable, frozen = optimizer.split_frozen(spec, state.params, train.stage)
+        trainable, frozen = optimizer.split_frozen(spec, state.params, train.parameter_stage)
         counts = count_targets(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 

@@ -43,8 +43,10 @@ def update_state(state: nnx.State, aux: dict[str, Any], speed: float) -> nnx.Sta
 
 
 def frozen(path: tuple, stage: str) -> bool:
-    """The language-model loss never reaches the indexer, so weight decay must not erode it either."""
-    return "indexer" in path
+    """The language-model loss never reaches the indexer: it trains by its own loss or not at all."""
+    if stage == "indexer-warmup":
+        return "indexer" not in path
+    return stage == "dense" and "indexer" in path
 
 
 def make_spec(name: str, config: DeepseekV4Config) -> ModelSpec:

@@ -7,26 +7,26 @@ key-values, turned back on the output; grouped low-rank output projection (READM
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from fathom.layers.documents import Documents, Windows
+from fathom.layers.indexer import BaseIndexer, Choice, indexer_loss
 from fathom.layers.linear import Linear
 from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.mesh import constrain, split_axes
+from fathom.mesh import constrain
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.ops.attention import Selected, Selection, VisibleRange, shared_kv_attention
-from fathom.ops.indexer import indexer_topk
+from fathom.ops.attention import VisibleRange
+from fathom.ops.indexer_kl import Teacher
 from fathom.ops.quantization import hadamard, simulate_fp4, simulate_fp8
+from fathom.ops.sparse_mqa import banded_sparse_mqa
 
 KV_QUANT_BLOCK = 64
 INDEX_QUANT_BLOCK = 32
@@ -87,67 +87,46 @@ def compressed_frequencies(config: DeepseekV4Config):
     )
 
 
-class Indexer(nnx.Module):
-    """The lightning indexer: scores compressed entries and selects the top_k per query."""
+class Indexer(BaseIndexer):
+    """V4's: keys from an overlapping compressor of its own, RoPE on the last channels, entries that have closed."""
 
     def __init__(self, rngs: nnx.Rngs, config: DeepseekV4Config, ratio: int, options: ComputeOptions):
-        self.top_k, self.options = config.index_top_k, options
-        heads, width = config.index_num_heads, config.index_head_dim
-        self.weight_scale = width**-0.5 * heads**-0.5
-        common = dict(stddev=config.initializer_range, dtype=options.param_dtype)
-        self.wq_b = Linear(
+        stddev = config.initializer_range
+        super().__init__(
             rngs,
-            (config.q_lora_rank, heads, width),
-            ("q_lora_in", "index_heads", None),
-            **common,
-        )
-        self.weights_proj = Linear(
-            rngs, (config.hidden_size, heads), ("embed", "index_heads"), **common
+            hidden_size=config.hidden_size,
+            q_lora_rank=config.q_lora_rank,
+            num_heads=config.index_num_heads,
+            head_dim=config.index_head_dim,
+            top_k=config.index_top_k,
+            stddev=stddev,
+            options=options,
         )
         self.compressor = Compressor(
             rngs,
             hidden_size=config.hidden_size,
-            width=width,
+            width=config.index_head_dim,
             ratio=ratio,
             overlap=True,
             eps=config.rms_norm_eps,
-            **common,
+            stddev=stddev,
+            dtype=options.param_dtype,
         )
 
-    def __call__(
-        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs, windows: Windows
-    ) -> Selection:
-        """Which entries each query attends to. No scoring when the row has no more entries than top_k."""
-        visible = VisibleRange(windows.begin_BS, windows.end_BS)
-        if windows.num_entries <= self.top_k or self.options.stage == "dense":
-            return visible
-        # Selection is discrete: the language-model loss never reaches the indexer.
-        x_BSD, qr_BSR = jax.lax.stop_gradient((x_BSD, qr_BSR))
+    def visible(self, inputs: LayerInputs) -> tuple[VisibleRange, int]:
+        windows = inputs.windows[self.compressor.ratio]
+        return VisibleRange(windows.begin_BS, windows.end_BS), windows.num_entries
+
+    def rotate_queries(self, q_BSNH: jax.Array, inputs: LayerInputs) -> jax.Array:
         cos, sin = inputs.rope["compress"]
-        q = self.wq_b.contract("bsr,rnh->bsnh", qr_BSR)
-        q = apply_rope(q, (cos[:, :, None], sin[:, :, None]))
-        k = apply_rope(self.compressor(x_BSD, windows), inputs.entry_rope[windows.ratio])
-        if self.options.simulate_quant:
-            q = simulate_fp4(hadamard(q), INDEX_QUANT_BLOCK)
-            k = simulate_fp4(hadamard(k), INDEX_QUANT_BLOCK)
-        weights = self.weights_proj.contract("bsd,dn->bsn", x_BSD, jnp.float32)
-        indices = self._select(q, k, weights * self.weight_scale, visible)
-        return Selected(checkpoint_name(indices, "selected_entries"))
+        return apply_rope(q_BSNH, (cos[:, :, None], sin[:, :, None]))
 
-    def _select(
-        self, q: jax.Array, k: jax.Array, weights: jax.Array, visible: VisibleRange
-    ) -> jax.Array:
-        """`indexer_topk`, each device for its own queries."""
-        select = functools.partial(
-            indexer_topk, top_k=self.top_k, query_chunk=self.options.query_chunk
-        )
-        batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
-        if not batch + sequence:
-            return select(q, k, weights, visible)
-        # XLA would gather the scores of the whole batch on every device: it does not partition top_k.
-        queries, keys = PartitionSpec(batch or None, sequence or None), PartitionSpec(batch or None)
-        in_specs = (queries, keys, queries, VisibleRange(queries, queries))
-        return jax.shard_map(select, in_specs=in_specs, out_specs=queries)(q, k, weights, visible)
+    def keys(self, x_BSD: jax.Array, inputs: LayerInputs) -> jax.Array:
+        ratio = self.compressor.ratio
+        return apply_rope(self.compressor(x_BSD, inputs.windows[ratio]), inputs.entry_rope[ratio])
+
+    def simulate(self, x: jax.Array) -> jax.Array:
+        return simulate_fp4(hadamard(x), INDEX_QUANT_BLOCK)
 
 
 class Attention(nnx.Module):
@@ -200,8 +179,8 @@ class Attention(nnx.Module):
         if kind == "csa":
             self.indexer = Indexer(rngs, config, ratio, options)
 
-    def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> jax.Array:
-        """[B, S, D] -> [B, S, D]; a padding token's output is 0."""
+    def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> [B, S, D], 0 for a padding token; and the indexer's loss, a float32 sum over queries."""
         c = self.config
         rope = inputs.rope["main" if self.kind == "sliding" else "compress"]
         head_rope = (rope[0][:, :, None], rope[1][:, :, None])
@@ -210,22 +189,25 @@ class Attention(nnx.Module):
         q = apply_rope(rms_normalize(q, c.rms_norm_eps), head_rope)
         q = constrain(q, ("act_batch", "act_sequence", "act_heads", None))
         kv = apply_rope(self.kv_norm(self.wkv.contract("bsd,dh->bsh", x_BSD)), rope)
-        entries, selection = self._compressed(x_BSD, qr, inputs)
-        out = shared_kv_attention(
+        entries, choice = self._compressed(x_BSD, qr, inputs)
+        scale = c.head_dim**-0.5
+        out, lse = banded_sparse_mqa(
             q,
             self._simulate_kv(kv),
             self.sink[...],
             inputs.documents.band(c.sliding_window),
             entries,
-            selection,
-            scale=c.head_dim**-0.5,
+            choice.selection,
+            scale=scale,
             window=c.sliding_window,
             implementation=self.options.attention,
             query_chunk=self.options.query_chunk,
+            return_lse=True,
         )
+        loss = indexer_loss(choice, Teacher(q, entries, lse, scale), self.options.query_chunk)
         out = apply_rope(checkpoint_name(out, "attention"), head_rope, inverse=True)
         groups = out.reshape(*out.shape[:2], c.o_groups, -1)
-        return self.wo_b.contract("bsgo,god->bsd", self._project_groups(groups))
+        return self.wo_b.contract("bsgo,god->bsd", self._project_groups(groups)), loss
 
     def _project_groups(self, groups_BSGK: jax.Array) -> jax.Array:
         """Each group of heads through its own matrix: [B, S, G, O]."""
@@ -237,18 +219,18 @@ class Attention(nnx.Module):
 
     def _compressed(
         self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs
-    ) -> tuple[jax.Array | None, Selection]:
+    ) -> tuple[jax.Array | None, Choice]:
         """The layer's compressed entries and which of them each query sees."""
         if self.kind == "sliding":
-            return None, None
+            return None, Choice(None, None)
         windows = inputs.windows[self.ratio]
         if windows.num_entries == 0:
-            return None, None
+            return None, Choice(None, None)
         entries = apply_rope(self.compressor(x_BSD, windows), inputs.entry_rope[self.ratio])
         entries = self._simulate_kv(entries)
         if self.kind == "hca":
-            return entries, VisibleRange(windows.begin_BS, windows.end_BS)
-        return entries, self.indexer(x_BSD, qr_BSR, inputs, windows)
+            return entries, Choice(VisibleRange(windows.begin_BS, windows.end_BS), None)
+        return entries, self.indexer(x_BSD, qr_BSR, inputs)
 
     def _simulate_kv(self, kv: jax.Array) -> jax.Array:
         """FP8 rounding of the channels without RoPE, as the released cache stores them."""

@@ -49,8 +49,9 @@ class Features(NamedTuple):
     """Everything before the head, so that a loss can apply it in chunks.
 
     hidden [B, S, D]: final normalised states; mtp_hidden: one [B, S, D] per MTP stage; documents: the layout of
-    the rows; aux: "balance" (float32, summed over valid tokens and learned layers) and "expert_load" (block
-    path -> float32 token counts [..., E]).
+    the rows; aux: "balance" (float32, summed over valid tokens and learned layers), "indexer" (where options ask for
+    it: the indexers' loss, summed over tokens and layers) and "expert_load" (block path -> float32 token counts
+    [..., E]).
     """
 
     hidden: jax.Array
@@ -173,11 +174,12 @@ class Block(nnx.Module):
         self.ffn = make_moe(rngs, config, router_kind, dtype)
 
     def __call__(self, streams_BSnD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, dict]:
-        """Streams after the block, and {"load": [E], "balance": scalar} of its router."""
+        """Streams after the block; {"load": [E], "balance": scalar} of its router, "indexer": its indexer's loss."""
         streams = constrain(streams_BSnD, STREAMS)
         mixing = self.attn_hc(streams)
         x = self.attn_norm(collapse(mixing.pre_nBS, streams))
-        streams = expand(mixing, constrain(self.attn(x, inputs), HIDDEN), streams)
+        attended, indexer = self.attn(x, inputs)
+        streams = expand(mixing, constrain(attended, HIDDEN), streams)
         mixing = self.ffn_hc(streams)
         x = self.ffn_norm(collapse(mixing.pre_nBS, streams))
         documents = inputs.documents
@@ -185,7 +187,7 @@ class Block(nnx.Module):
         y, stats = self.ffn(x, inputs.tokens_BS, segments)
         balance = jnp.zeros((), jnp.float32) if stats.balance is None else stats.balance
         streams = constrain(expand(mixing, constrain(y, HIDDEN), streams), STREAMS)
-        return streams, {"load": stats.load, "balance": balance}
+        return streams, {"load": stats.load, "balance": balance, "indexer": indexer}
 
 
 def make_block(rngs: nnx.Rngs, config: DeepseekV4Config, options: ComputeOptions, layer: int) -> Block:
@@ -307,12 +309,12 @@ class DeepseekV4(nnx.Module):
         inputs = make_layer_inputs(self.config, tokens, documents)
         embedded = self.embed(tokens, self.options.dtype)
         streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
-        load, balance, kept = {}, jnp.zeros((), jnp.float32), []
+        load, sums, kept = {}, dict.fromkeys(("balance", "indexer"), jnp.zeros((), jnp.float32)), []
 
         def record(name: str, stats: dict) -> None:
-            nonlocal balance
             load[name] = stats["load"]
-            balance = balance + jnp.sum(stats["balance"])
+            for part in sums:
+                sums[part] = sums[part] + jnp.sum(stats[part])
 
         for i, block in enumerate(self.prefix):
             streams, stats = self._run_block(block, streams, inputs)
@@ -334,11 +336,13 @@ class DeepseekV4(nnx.Module):
             hidden, stats = stage(streams, following, inputs, self._run_block)
             record(f"mtp/{i}/block", stats)
             mtp_hidden.append(hidden)
+        if not self.options.indexer_loss:
+            del sums["indexer"]
         return Features(
             hidden=self.norm(self.hc_head(streams)),
             mtp_hidden=tuple(mtp_hidden),
             documents=documents,
-            aux={"balance": balance, "expert_load": load},
+            aux={**sums, "expert_load": load},
             streams=tuple(kept) if return_streams else (),
         )
 

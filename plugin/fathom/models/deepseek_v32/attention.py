@@ -1,0 +1,246 @@
+"""V3.2 attention: multi-head latent attention over the tokens that a lightning indexer selects (README.md "Attention").
+
+RoPE turns interleaved pairs in the attention and half-split pairs in the indexer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from fathom.layers.documents import Documents
+from fathom.layers.indexer import BaseIndexer, indexer_loss
+from fathom.layers.linear import Linear
+from fathom.layers.norms import RMSNorm
+from fathom.layers.options import ComputeOptions
+from fathom.layers.param import constant, param
+from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
+from fathom.mesh import constrain
+from fathom.models.deepseek_v32.config import DeepseekV32Config
+from fathom.models.deepseek_v32.mla import Latents, absorbed, latent_attention
+from fathom.ops.attention import Selection, VisibleRange
+from fathom.ops.indexer_kl import Teacher
+from fathom.ops.quantization import hadamard, simulate_fp8
+
+LATENT_EPS = 1e-6
+"""eps of the latents' norms and of the indexer's: the reference has it here whatever the config says elsewhere."""
+INDEX_QUANT_BLOCK = 128
+Tables = tuple[jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What every layer reads and no weight changes, computed once per forward pass.
+
+    Attributes:
+      tokens_BS: input ids.
+      documents: where the documents lie.
+      visible: the tokens each query sees: those of its document up to itself; none for padding.
+      rope: (cos, sin) at the tokens, [B, S, rope_head_dim / 2].
+    """
+
+    tokens_BS: jax.Array
+    documents: Documents
+    visible: VisibleRange
+    rope: Tables
+
+
+def main_frequencies(config: DeepseekV32Config):
+    """RoPE frequencies, with YaRN where configured: float32 [rope_head_dim / 2]."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return rope_frequencies(config.rope_head_dim, config.rope_theta)
+    return yarn_frequencies(
+        config.rope_head_dim,
+        config.rope_theta,
+        factor=scaling.factor,
+        original_length=scaling.original_max_position_embeddings,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+    )
+
+
+def main_tables(config: DeepseekV32Config, positions: jax.Array) -> Tables:
+    """cos and sin of positions [...]: float32 [..., rope_head_dim / 2], with YaRN's amplitude."""
+    cos, sin = rope_tables(positions, main_frequencies(config))
+    amplitude = config.rope_amplitude
+    return (cos, sin) if amplitude == 1.0 else (cos * amplitude, sin * amplitude)
+
+
+def visible_tokens(documents: Documents) -> VisibleRange:
+    """The range of token indices each query sees."""
+    positions = documents.positions_BS
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
+    if documents.single:
+        return VisibleRange(jnp.zeros_like(index), index + 1)
+    valid = documents.valid_BS
+    return VisibleRange(jnp.where(valid, index - positions, 0), jnp.where(valid, index + 1, 0))
+
+
+def make_layer_inputs(config: DeepseekV32Config, tokens_BS: jax.Array, documents: Documents) -> LayerInputs:
+    """The visible ranges and RoPE tables of a batch."""
+    rope = main_tables(config, documents.positions_BS)
+    return LayerInputs(tokens_BS, documents, visible_tokens(documents), rope)
+
+
+def apply_rope_halves(x: jax.Array, tables: Tables) -> jax.Array:
+    """Turns the pairs (i, i + P/2) of x's first P = 2 * tables.shape[-1] channels; the others pass unchanged.
+
+    Args:
+      x: [..., H]. tables: (cos, sin), each broadcastable to [..., P/2].
+
+    Returns:
+      x's shape and dtype; the rotation is done in float32.
+    """
+    cos, sin = tables
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    low, high = turned[..., :half], turned[..., half:]
+    out = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return jnp.concatenate([out.astype(x.dtype), rest], axis=-1)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, in float32, cast to x's dtype.
+
+    Attributes:
+      weight, bias: float32 [size].
+    """
+
+    def __init__(self, rngs: nnx.Rngs, size: int, *, eps: float):
+        self.eps = eps
+        self.weight = param(rngs.params(), (size,), constant(1.0), axes=("norm",), dtype="float32")
+        self.bias = param(rngs.params(), (size,), constant(0.0), axes=("norm",), dtype="float32")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (centred * scale * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class Indexer(BaseIndexer):
+    """V3.2's: a key per token from a projection and a LayerNorm, RoPE on the first channels, half-split.
+
+    Attributes:
+      wk: [D, H]. k_norm: LayerNorm over H. weights_proj is float32, as its product is.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: DeepseekV32Config, options: ComputeOptions):
+        super().__init__(
+            rngs,
+            hidden_size=config.hidden_size,
+            q_lora_rank=config.q_lora_rank,
+            num_heads=config.index_num_heads,
+            head_dim=config.index_head_dim,
+            top_k=config.index_top_k,
+            stddev=config.initializer_range,
+            options=options,
+            weights_dtype="float32",
+        )
+        shape, axes = (config.hidden_size, config.index_head_dim), ("embed", "head_dim")
+        self.wk = Linear(rngs, shape, axes, stddev=config.initializer_range, dtype=options.param_dtype)
+        self.k_norm = LayerNorm(rngs, config.index_head_dim, eps=LATENT_EPS)
+
+    def visible(self, inputs: LayerInputs) -> tuple[VisibleRange, int]:
+        return inputs.visible, inputs.tokens_BS.shape[1]
+
+    def rotate_queries(self, q_BSNH: jax.Array, inputs: LayerInputs) -> jax.Array:
+        cos, sin = inputs.rope
+        return apply_rope_halves(q_BSNH, (cos[:, :, None], sin[:, :, None]))
+
+    def keys(self, x_BSD: jax.Array, inputs: LayerInputs) -> jax.Array:
+        return apply_rope_halves(self.k_norm(self.wk.contract("bsd,dh->bsh", x_BSD)), inputs.rope)
+
+    def simulate(self, x: jax.Array) -> jax.Array:
+        return simulate_fp8(hadamard(x), min(INDEX_QUANT_BLOCK, x.shape[-1]))
+
+    def head_weights(self, x_BSD: jax.Array) -> jax.Array:
+        return self.weights_proj.contract("bsd,dn->bsn", x_BSD.astype(jnp.float32))
+
+
+class Projections(NamedTuple):
+    """A layer's queries and keys: `qr_BSR` is the low-rank query that the indexer reads too."""
+
+    qr_BSR: jax.Array
+    latents: Latents
+
+
+class Attention(nnx.Module):
+    """One attention sublayer.
+
+    Attributes:
+      wq_a [D, Rq], q_norm, wq_b [Rq, N, H + P]: low-rank queries.
+      wkv_a [D, R + P], kv_norm, wkv_b [R, N, H + V]: latents with the shared rotary key; keys and values from latents.
+      wo: [N, V, D]. indexer: which tokens each query attends to.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: DeepseekV32Config, options: ComputeOptions):
+        self.config, self.options = config, options
+        c, heads = config, config.num_heads
+        norm = dict(eps=LATENT_EPS, dtype=options.param_dtype)
+
+        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Linear:
+            return Linear(rngs, shape, axes, stddev=c.initializer_range, dtype=options.param_dtype)
+
+        self.wq_a = linear((c.hidden_size, c.q_lora_rank), ("embed", "q_lora"))
+        self.q_norm = RMSNorm(rngs, c.q_lora_rank, **norm)
+        width = c.nope_head_dim + c.rope_head_dim
+        self.wq_b = linear((c.q_lora_rank, heads, width), ("q_lora_in", "heads", None))
+        self.wkv_a = linear((c.hidden_size, c.kv_lora_rank + c.rope_head_dim), ("embed", "kv_lora"))
+        self.kv_norm = RMSNorm(rngs, c.kv_lora_rank, **norm)
+        width = c.nope_head_dim + c.value_head_dim
+        self.wkv_b = linear((c.kv_lora_rank, heads, width), ("kv_lora_in", "heads", None))
+        self.wo = linear((heads, c.value_head_dim, c.hidden_size), ("heads", None, "embed"))
+        self.indexer = Indexer(rngs, config, options)
+
+    def project(self, x_BSD: jax.Array, inputs: LayerInputs) -> Projections:
+        """Queries, latents and shared rotary keys."""
+        c = self.config
+        cos, sin = inputs.rope
+        qr = self.q_norm(self.wq_a.contract("bsd,dr->bsr", x_BSD))
+        q = constrain(self.wq_b.contract("bsr,rnh->bsnh", qr), ("act_batch", "act_sequence", "act_heads", None))
+        q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
+        kv = self.wkv_a.contract("bsd,dr->bsr", x_BSD)
+        w_kv = self.wkv_b.weight[...].astype(x_BSD.dtype)
+        latents = Latents(
+            q_nope_BSNH=q_nope,
+            q_rope_BSNP=apply_rope(q_rope, (cos[:, :, None], sin[:, :, None])),
+            c_BTR=self.kv_norm(kv[..., : c.kv_lora_rank]),
+            k_rope_BTP=apply_rope(kv[..., c.kv_lora_rank :], (cos, sin)),
+            w_k_RNH=w_kv[..., : c.nope_head_dim],
+            w_v_RNV=w_kv[..., c.nope_head_dim :],
+        )
+        return Projections(qr, latents)
+
+    def attend(
+        self, latents: Latents, selection: Selection, inputs: LayerInputs
+    ) -> tuple[jax.Array, jax.Array]:
+        """[B, S, N, V], and the log-sum-exp of the scores, [B, S, N]."""
+        return latent_attention(
+            latents,
+            selection,
+            scale=self.config.softmax_scale,
+            single=inputs.documents.single,
+            implementation=self.options.attention,
+            form=self.options.mla_form,
+            query_chunk=self.options.query_chunk,
+        )
+
+    def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> [B, S, D], 0 for a padding token; and the indexer's loss, a float32 sum over queries."""
+        qr, latents = self.project(x_BSD, inputs)
+        choice = self.indexer(x_BSD, qr, inputs)
+        out, lse = self.attend(latents, choice.selection, inputs)
+        loss = jnp.zeros((), jnp.float32)
+        if choice.projections is not None:
+            # Absorbed, all heads share the keys, which is what the teacher is made of.
+            teacher = Teacher(*absorbed(latents), lse, self.config.softmax_scale)
+            loss = indexer_loss(choice, teacher, self.options.query_chunk)
+        return self.wo.contract("bsnv,nvd->bsd", checkpoint_name(out, "attention")), loss

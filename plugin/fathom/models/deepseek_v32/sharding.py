@@ -1,0 +1,35 @@
+"""Sharding presets of V3.2: logical axis -> mesh axes, as data.
+
+Every preset knows every logical axis that the model's weights and activations name.
+"""
+
+from __future__ import annotations
+
+DEFAULT: dict[str, str | tuple[str, ...] | None] = {
+    # weights
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "expert": "expert",
+    "expert_mlp": "tensor",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "head_dim": None,
+    "q_lora": None,
+    "q_lora_in": "fsdp",
+    "kv_lora": None,
+    "kv_lora_in": "fsdp",
+    "index_heads": None,  # scores sum over index heads; splitting them would all-reduce every score
+    "router_experts": None,
+    "norm": None,
+    "projection": None,
+    "layers": None,
+    # activations
+    "act_batch": ("data", "fsdp", "expert"),
+    "act_sequence": "context",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+}
+
+PRESETS = {"default": DEFAULT}

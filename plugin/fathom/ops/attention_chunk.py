@@ -1,0 +1,167 @@
+"""One chunk of queries against a few groups of keys: one softmax with a sink, forward and backward by hand.
+
+The arithmetic under `sparse_mqa` and `banded_sparse_mqa`. A `Part` is a group of keys with a mask of who sees which:
+keys shared by the chunk (the band, or all rows under a mask) or keys of each query's own (gathered rows). All
+parts go through one softmax, keys are values, and the sink joins the denominator only.
+
+A key that a query does not see has no influence on it, not even as NaN: `masked_part` puts zeros in the place of keys
+that are not finite, for 0 * NaN is NaN, and gives the NaN back to the queries that do see such a key.
+
+Letters: B batch, C queries of a chunk, T keys of a part, N heads, H key channels, V value channels (the first V of H).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fathom.ops.precision import precision_of
+
+
+class Part(NamedTuple):
+    """Keys and who sees them.
+
+    keys: [B, T, H], shared by the chunk's queries, or [B, C, T, H], each query's own; finite where not seen.
+    seen_BCT: boolean. penalty_BT: float32 added to the scores, NaN at keys that were not finite, or None.
+    """
+
+    keys: jax.Array
+    seen_BCT: jax.Array
+    penalty_BT: jax.Array | None = None
+
+
+def finite_keys(keys_BTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys with zeros for those that are not finite, and the penalty [B, T] that makes up for it."""
+    finite = jnp.isfinite(keys_BTH).all(axis=-1)
+    return jnp.where(finite[..., None], keys_BTH, 0), jnp.where(finite, 0.0, jnp.nan).astype(jnp.float32)
+
+
+def masked_part(keys_BTH: jax.Array, seen_BCT: jax.Array) -> Part:
+    """A part of shared keys, any of which may hold NaN."""
+    keys_BTH, penalty_BT = finite_keys(keys_BTH)
+    return Part(keys_BTH, seen_BCT, penalty_BT)
+
+
+def _contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum accumulated in, and returned as, float32."""
+    return jnp.einsum(spec, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
+
+
+def _scores(q_BCNH: jax.Array, keys: jax.Array) -> jax.Array:
+    """q . key for every query, head and key: [B, C, N, T]."""
+    if keys.ndim == 3:
+        return _contract("bcnh,bth->bcnt", q_BCNH, keys)
+    # Heads last: a CPU would first copy a query's own keys into another order for the product that has them last.
+    return jnp.swapaxes(_contract("bcth,bcnh->bctn", keys, q_BCNH), 2, 3)
+
+
+def _sum_keys(weight_BCNT: jax.Array, keys: jax.Array) -> jax.Array:
+    """Sum over keys of weight x key: [B, C, N, H]."""
+    spec = "bcnt,bth->bcnh" if keys.ndim == 3 else "bcnt,bcth->bcnh"
+    return _contract(spec, weight_BCNT.astype(keys.dtype), keys)
+
+
+def _softmax(
+    q_BCNH: jax.Array, parts: list[Part], sink_N: jax.Array, scale: float
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Per part exp(score - peak) [B, C, N, T], and for each query and head 1 / total and the log-sum-exp [B, C, N].
+
+    The total holds the sink. It stands for 0 where a query sees nothing at all, and for infinity under a sink of +inf.
+    """
+    scores = []
+    for part in parts:
+        score = _scores(q_BCNH, part.keys) * scale
+        if part.penalty_BT is not None:
+            score = score + part.penalty_BT[:, None, None, :]
+        scores.append(jnp.where(part.seen_BCT[:, :, None, :], score, -jnp.inf))
+    sink_N = sink_N.astype(jnp.float32)
+    start = jnp.broadcast_to(sink_N, q_BCNH.shape[:3])
+    peak = functools.reduce(jnp.maximum, [s.max(axis=-1, initial=-jnp.inf) for s in scores], start)
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weights = [jnp.exp(s - peak[..., None]) for s in scores]
+    total = sum((w.sum(axis=-1) for w in weights), jnp.exp(sink_N - peak))
+    infinite = sink_N == jnp.inf  # then all weights are 0, and the sink's own, exp(inf - inf), NaN
+    inverse = jnp.where(infinite | (total == 0), 0.0, 1.0 / jnp.where(total == 0, 1.0, total))
+    lse = jnp.where(infinite, jnp.inf, peak + jnp.log(total))
+    return weights, inverse, lse
+
+
+def _output(q_BCNH, weights: list[jax.Array], parts: list[Part], inverse: jax.Array, value_dim: int) -> jax.Array:
+    """Sum over all parts of weight x value, divided by the total: [B, C, N, V] in q's dtype."""
+    out = jnp.zeros((*q_BCNH.shape[:3], value_dim), jnp.float32)
+    for weight, part in zip(weights, parts, strict=True):
+        out = out + _sum_keys(weight, part.keys[..., :value_dim])
+    return (out * inverse[..., None]).astype(q_BCNH.dtype)
+
+
+def attend(
+    q_BCNH: jax.Array, parts: list[Part], sink_N: jax.Array, *, scale: float, value_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """The chunk's output [B, C, N, V] in q's dtype and its log-sum-exp, sink included, float32 [B, C, N]."""
+    weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
+    return _output(q_BCNH, weights, parts, inverse, value_dim), lse
+
+
+class ChunkGradients(NamedTuple):
+    """out: the chunk's output again, or None. Gradients: dq in q's dtype, the others float32; dkeys as the parts'."""
+
+    out: jax.Array | None
+    dq: jax.Array
+    dkeys: list[jax.Array]
+    dsink_N: jax.Array
+
+
+def attend_backward(
+    q_BCNH: jax.Array,
+    parts: list[Part],
+    sink_N: jax.Array,
+    dout_BCNV: jax.Array,
+    dlse_BCN: jax.Array | None,
+    *,
+    scale: float,
+    value_dim: int,
+    want_out: bool,
+) -> ChunkGradients:
+    """Gradients of `attend`; the softmax is computed again, so nothing of the forward need be kept.
+
+    With P the softmax, dP = dout . v and delta = sum P dP:  dS = P (dP - delta + dlse), and for the sink, whose value
+    is zero, dsink = P_sink (dlse - delta).
+    """
+    weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
+    out = None
+    if want_out:
+        out = _output(q_BCNH, weights, parts, inverse, value_dim)
+    dout_BCNV = dout_BCNV.astype(q_BCNH.dtype)
+    probabilities = [w * inverse[..., None] for w in weights]
+    dprobabilities = [_scores(dout_BCNV, part.keys[..., :value_dim]) for part in parts]
+    delta = jnp.zeros(lse.shape, jnp.float32)
+    for p, dp in zip(probabilities, dprobabilities, strict=True):
+        delta = delta + (p * dp).sum(axis=-1)
+    shift = -delta if dlse_BCN is None else dlse_BCN.astype(jnp.float32) - delta
+    dq, dkeys = jnp.zeros(q_BCNH.shape, jnp.float32), []
+    for p, dp, part in zip(probabilities, dprobabilities, parts, strict=True):
+        dscore = p * (dp + shift[..., None]) * scale
+        dq = dq + _sum_keys(dscore, part.keys)
+        dkeys.append(_dkeys(p, dscore, q_BCNH, dout_BCNV, shared=part.keys.ndim == 3))
+    dsink = (_sink_weight(sink_N.astype(jnp.float32), lse) * shift).sum(axis=(0, 1))
+    return ChunkGradients(out, dq.astype(q_BCNH.dtype), dkeys, dsink)
+
+
+def _sink_weight(sink_N: jax.Array, lse_BCN: jax.Array) -> jax.Array:
+    """The sink's share of the softmax: 1 at +inf and 0 at -inf, where exp(sink - lse) may be NaN."""
+    weight = jnp.exp(jnp.where(jnp.isinf(sink_N), 0.0, sink_N) - lse_BCN)
+    return jnp.where(sink_N == jnp.inf, 1.0, jnp.where(sink_N == -jnp.inf, 0.0, weight))
+
+
+def _dkeys(p: jax.Array, dscore: jax.Array, q: jax.Array, dout: jax.Array, *, shared: bool) -> jax.Array:
+    """Gradient of a part's keys, float32: as keys, dscore x q, and as values, P x dout."""
+    missing = q.shape[-1] - dout.shape[-1]
+    if missing:
+        dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, missing)])
+    # One product over both, the heads of dscore and P side by side: the result is written once.
+    both = jnp.concatenate([dscore, p], axis=2).astype(q.dtype)
+    spec = "bcnt,bcnh->bth" if shared else "bcnt,bcnh->bcth"
+    return _contract(spec, both, jnp.concatenate([q, dout], axis=2))

@@ -1,0 +1,206 @@
+"""An attention sublayer in stretches of queries: projection, attention, projection, and nothing wide kept.
+
+V4-Flash's queries and attention outputs are eight times as wide as its residual stream: 8 GiB each at 128K tokens in
+bfloat16. `attend_in_chunks` makes the queries of a stretch, attends, and projects the output before it goes on to the
+next. The backward does so again; it keeps nothing but the arguments and sums the gradients of the weights, of the
+sinks and of the entries in float32.
+
+Letters: B batch, S queries, N heads, H key channels, V value channels, E entries, C queries of a stretch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fathom.ops import sparse_mqa_chunks as chunks
+from fathom.ops.attention import Selection, from_chunks, to_chunks
+from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan
+
+Tree = Any
+
+LAYER_CHUNK = 1024
+"""Queries of a stretch: enough of them that reading the weights, and adding to their gradients, is not what takes the
+time; V4-Flash's queries are then 64 MiB."""
+
+
+class Functions(NamedTuple):
+    """What `attend_in_chunks` is given, and the queries of a stretch; static."""
+
+    query: Callable[[Tree, Tree], jax.Array]
+    output: Callable[[Tree, Tree, jax.Array], jax.Array]
+    chunk: int
+
+
+def attend_in_chunks(
+    query_fn: Callable[[Tree, Tree], jax.Array],
+    output_fn: Callable[[Tree, Tree, jax.Array], jax.Array],
+    params: Tree,
+    inputs: Tree,
+    kv_BSH: jax.Array | None,
+    sink_N: jax.Array,
+    band_BS: jax.Array | None = None,
+    entries_BEH: jax.Array | None = None,
+    selection: Selection = None,
+    *,
+    scale: float,
+    window: int,
+    value_dim: int | None = None,
+    implementation: str = "auto",
+    query_chunk: int | None = None,
+    layer_chunk: int = LAYER_CHUNK,
+) -> jax.Array:
+    """`output_fn` of the attention of `query_fn`'s queries, a stretch of queries at a time.
+
+    Equal to `output_fn(params, inputs, banded_sparse_mqa(query_fn(params, inputs), ...))`, forward and backward,
+    for functions that treat each query alone.
+
+    Args:
+      query_fn: (params, inputs of a stretch) -> queries [B, C, N, H].
+      output_fn: (params, inputs of a stretch, attention output [B, C, N, V]) -> [B, C, ...]. It must be linear in
+        the attention output, as a rotation and projections are: its gradient is taken before that output is known.
+        Both functions must be pure, and may not close over arrays that are traced or differentiated.
+      params: weights, float32 or bfloat16; every leaf is differentiated.
+      inputs: arrays [B, S, ...], one value per query; the floating-point ones are differentiated.
+      kv_BSH, band_BS: as in `banded_sparse_mqa`; both None when window is 0, which is `sparse_mqa`.
+      sink_N, entries_BEH, selection, scale, window: as in `banded_sparse_mqa`.
+      value_dim: values are the first `value_dim` channels of the keys; all unless given.
+      implementation: "auto", "masked" or "gathered".
+      query_chunk: queries per step of the attention.
+      layer_chunk: C.
+
+    Returns:
+      [B, S, ...] in the dtype of `output_fn`.
+
+    Raises:
+      ValueError: for entries without a selection, neither keys nor entries, or an unknown implementation.
+    """
+    entries_BEH, selection = check_entries(entries_BEH, selection)
+    keys = kv_BSH if window else entries_BEH
+    if keys is None:
+        raise ValueError(f"attention got window {window} and no {'keys' if window else 'entries'} to attend to")
+    plan = make_plan(
+        implementation,
+        query_chunk,
+        0 if entries_BEH is None else entries_BEH.shape[1],
+        selection,
+        scale=scale,
+        window=window,
+        value_dim=keys.shape[-1] if value_dim is None else value_dim,
+    )
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    functions = Functions(query_fn, output_fn, min(layer_chunk, length))
+    band_BS = clip_band(band_BS, window) if window else None
+    return _layer(plan, functions, params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection)
+
+
+def _stretches(functions: Functions, inputs: Tree, band_BS, selection: Selection):
+    """What a step reads: its number and its stretch of everything that is per query."""
+    leaves = jax.tree.leaves(inputs)
+    count = -(-leaves[0].shape[1] // functions.chunk)
+    inputs, band_BS = jax.tree.map(lambda x: to_chunks(x, functions.chunk), (inputs, band_BS))
+    return jnp.arange(count), inputs, band_BS, chunks.selection_chunks(selection, functions.chunk)
+
+
+def _keys(plan: chunks.Plan, functions: Functions, kv_BSH, length: int):
+    return chunks.pad_keys(chunks.with_earlier(plan, kv_BSH), length, functions.chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _layer(plan, functions, params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection):
+    length = jax.tree.leaves(inputs)[0].shape[1]
+    rows = chunks.prepare_rows(plan, entries_BEH)
+    keys = _keys(plan, functions, kv_BSH, length)
+
+    def step(_, xs):
+        number, inputs, band, picked = xs
+        near = chunks.keys_of_chunk(plan, keys, number, functions.chunk)
+        q = functions.query(params, inputs)
+        out, _ = chunks.forward(plan, q, near, sink_N, band, rows, picked)
+        return None, functions.output(params, inputs, out)
+
+    _, y = jax.lax.scan(step, None, _stretches(functions, inputs, band_BS, selection))
+    return from_chunks(y, length)
+
+
+def _layer_forward(plan, functions, *args):
+    return _layer(plan, functions, *args), args
+
+
+class _Inputs(NamedTuple):
+    """A tree of inputs taken apart: the floating-point leaves, which are differentiated, and the others."""
+
+    floats: list[jax.Array]
+    others: list[jax.Array]
+
+    @classmethod
+    def of(cls, tree: Tree) -> _Inputs:
+        leaves = jax.tree.leaves(tree)
+        return cls([x for x in leaves if _is_float(x)], [x for x in leaves if not _is_float(x)])
+
+    def join(self, like: Tree) -> Tree:
+        """The tree again; `like` tells which leaves are which."""
+        floats, others = iter(self.floats), iter(self.others)
+        return jax.tree.map(lambda x: next(floats) if _is_float(x) else next(others), like)
+
+
+def _is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _layer_backward(plan, functions, residuals, dy):
+    params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection = residuals
+    length, chunk = dy.shape[1], functions.chunk
+    rows = chunks.prepare_rows(plan, entries_BEH)
+    keys = _keys(plan, functions, kv_BSH, length)
+
+    def step(carry, xs):
+        dparams, dsink, owed, drows = carry
+        (number, here, band, picked), dy = xs
+        floats, others = _Inputs.of(here)
+
+        def make_queries(params, floats):
+            return functions.query(params, _Inputs(floats, others).join(here))
+
+        def project(params, floats, out):
+            return functions.output(params, _Inputs(floats, others).join(here), out)
+
+        q, pull_queries = jax.vjp(make_queries, params, floats)
+        blank = jnp.zeros((*q.shape[:3], plan.value_dim), q.dtype)
+        _, pull_out = jax.vjp(lambda out: project(params, floats, out), blank)
+        near = chunks.keys_of_chunk(plan, keys, number, chunk)
+        grads = chunks.backward(
+            plan, q, near, sink_N, band, rows, picked, *pull_out(dy), None, owed, drows, want_out=True
+        )
+        _, pull_project = jax.vjp(lambda params, floats: project(params, floats, grads.out), params, floats)
+        terms = pull_queries(grads.dq), pull_project(dy)
+        dparams = jax.tree.map(lambda total, *parts: sum((x.astype(total.dtype) for x in parts), total),
+                               dparams, *(params for params, _ in terms))  # fmt: skip
+        dfloats = jax.tree.map(jnp.add, *(floats for _, floats in terms))
+        return (dparams, dsink + grads.dsink_N, grads.owed, grads.drows), (dfloats, grads.dkv_BSH)
+
+    start = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+        jnp.zeros(sink_N.shape, jnp.float32),
+        chunks.nothing_owed(plan, kv_BSH),
+        chunks.zero_gradient(rows),
+    )
+    xs = _stretches(functions, inputs, band_BS, selection), to_chunks(dy, chunk)
+    (dparams, dsink, _, drows), ys = jax.lax.scan(step, start, xs, reverse=True)
+    dfloats, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
+    return (
+        jax.tree.map(lambda d, x: d.astype(x.dtype), dparams, params),
+        _Inputs(dfloats, chunks.no_gradient(_Inputs.of(inputs).others)).join(inputs),
+        dkv,
+        dsink.astype(sink_N.dtype),
+        chunks.no_gradient(band_BS),
+        chunks.rows_gradient(drows, entries_BEH),
+        chunks.no_gradient(selection),
+    )
+
+
+_layer.defvjp(_layer_forward, _layer_backward)

@@ -1,0 +1,219 @@
+"""A sequence of queries in chunks: a band of recent keys and rows selected, forward and backward.
+
+What `sparse_mqa`, `banded_sparse_mqa` and `attend_in_chunks` share. Queries come with the `window - 1` keys that
+precede the first of them, so that a stretch of a longer sequence is the same case as a whole one. The backward goes
+from the last chunk to the first: when a chunk is done, the gradients of its own keys are complete and written once,
+and what it owes to the keys before them is handed on.
+
+Letters: B batch, S queries, C queries of a chunk, N heads, H key channels, V value channels, T rows, W = window - 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fathom.ops import sparse_mqa_gathered, sparse_mqa_masked
+from fathom.ops.attention import Selected, Selection, from_chunks, to_chunks
+from fathom.ops.attention_chunk import Part, attend, attend_backward, masked_part
+
+VERSIONS = {"masked": sparse_mqa_masked, "gathered": sparse_mqa_gathered}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static. window 0: no band. version: how rows are read, "masked" or "gathered"."""
+
+    scale: float
+    window: int
+    value_dim: int
+    version: str
+    query_chunk: int
+
+    @property
+    def earlier(self) -> int:
+        """W: how many keys before a query its band may reach."""
+        return max(self.window - 1, 0)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"scale": self.scale, "value_dim": self.value_dim}
+
+
+class Rows(NamedTuple):
+    """Rows as the version wants them, and how many they are; nothing and 0 where there are none."""
+
+    prepared: Any
+    count: int
+
+
+def prepare_rows(plan: Plan, rows_BTH: jax.Array | None) -> Rows:
+    if rows_BTH is None or rows_BTH.shape[1] == 0:
+        return Rows(None, 0)
+    return Rows(VERSIONS[plan.version].prepare(rows_BTH), rows_BTH.shape[1])
+
+
+def zero_gradient(rows: Rows) -> jax.Array | None:
+    """Where the gradient of the rows is summed: float32, of the shape of the prepared rows."""
+    return jnp.zeros(jax.tree.leaves(rows.prepared)[0].shape, jnp.float32) if rows.count else None
+
+
+def rows_gradient(drows: jax.Array | None, rows_BTH: jax.Array | None) -> jax.Array | None:
+    """The sum as the gradient of the rows themselves."""
+    if drows is None:
+        return None if rows_BTH is None else jnp.zeros_like(rows_BTH)
+    return drows[:, : rows_BTH.shape[1]].astype(rows_BTH.dtype)
+
+
+def no_gradient(tree: Any) -> Any:
+    """The gradient of integers, as JAX wants it."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tree)
+
+
+def with_earlier(plan: Plan, kv_BSH: jax.Array | None) -> jax.Array | None:
+    """Keys with W of zeros before them, which no query's band reaches: [B, W + S, H]."""
+    return jnp.pad(kv_BSH, ((0, 0), (plan.earlier, 0), (0, 0))) if plan.window else None
+
+
+def nothing_owed(plan: Plan, kv_BSH: jax.Array | None) -> jax.Array | None:
+    """What the queries after the last owe to its W keys: float32 zeros [B, W, H]."""
+    return jnp.zeros((kv_BSH.shape[0], plan.earlier, kv_BSH.shape[2]), jnp.float32) if plan.window else None
+
+
+def selection_chunks(selection: Selection, chunk: int) -> Selection:
+    """Each of the selection's arrays in chunks; padding queries see nothing."""
+    if isinstance(selection, Selected):
+        return Selected(to_chunks(selection.indices_BSK + 1, chunk) - 1)
+    return jax.tree.map(lambda x: to_chunks(x, chunk), selection)
+
+
+def keys_of_chunk(plan: Plan, keys: jax.Array | None, number: jax.Array, chunk: int) -> jax.Array | None:
+    """A chunk's own keys and the W before them, of keys that have W before the first: [B, W + C, H]."""
+    if not plan.window:
+        return None
+    return jax.lax.dynamic_slice_in_dim(keys, number * chunk, chunk + plan.earlier, axis=1)
+
+
+def pad_keys(keys: jax.Array | None, length: int, chunk: int) -> jax.Array | None:
+    """Keys up to the end of the last chunk."""
+    return None if keys is None else jnp.pad(keys, ((0, 0), (0, -length % chunk), (0, 0)))
+
+
+def _band(plan: Plan, keys: jax.Array | None, band_BC: jax.Array | None) -> list[Part]:
+    if not plan.window:
+        return []
+    chunk = band_BC.shape[1]
+    distance = jnp.arange(chunk)[:, None] + plan.earlier - jnp.arange(chunk + plan.earlier)
+    return [masked_part(keys, (distance >= 0) & (distance < band_BC[..., None]))]
+
+
+def _steps(chunk: int, band_BS, selection: Selection, *queries):
+    """What a step reads: its number and its chunk of everything that is per query."""
+    count = -(-queries[0].shape[1] // chunk)
+    band, queries = jax.tree.map(lambda x: to_chunks(x, chunk), (band_BS, queries))
+    return jnp.arange(count), band, selection_chunks(selection, chunk), queries
+
+
+def forward(
+    plan: Plan,
+    q_BSNH: jax.Array,
+    keys: jax.Array | None,
+    sink_N: jax.Array,
+    band_BS: jax.Array | None,
+    rows: Rows,
+    selection: Selection,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, S, N, V] in q's dtype and log-sum-exp, sink included, float32 [B, S, N].
+
+    Args:
+      keys: [B, W + S, H], or None when window is 0. band_BS: at most `window`, and within the keys there are.
+    """
+    length = q_BSNH.shape[1]
+    chunk = min(plan.query_chunk, length)
+    keys = pad_keys(keys, length, chunk)
+
+    def step(_, xs):
+        number, band_BC, picked, (q,) = xs
+        band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
+        if not rows.count:
+            return None, attend(q, band, sink_N, **plan.sizes)
+        version = VERSIONS[plan.version]
+        return None, version.forward(q, band, sink_N, rows.prepared, picked, rows.count, **plan.sizes)
+
+    _, (out, lse) = jax.lax.scan(step, None, _steps(chunk, band_BS, selection, q_BSNH))
+    return from_chunks(out, length), from_chunks(lse, length)
+
+
+class Gradients(NamedTuple):
+    """Of one stretch of queries.
+
+    Attributes:
+      out: the output again, or None. dq: in q's dtype. dsink_N: float32.
+      dkv_BSH: of the queries' own keys, in their dtype. owed: float32 [B, W, H], to the keys before them.
+      drows: the sum so far, float32.
+    """
+
+    out: jax.Array | None
+    dq: jax.Array
+    dkv_BSH: jax.Array | None
+    owed: jax.Array | None
+    drows: jax.Array | None
+    dsink_N: jax.Array
+
+
+def backward(
+    plan: Plan,
+    q_BSNH: jax.Array,
+    keys: jax.Array | None,
+    sink_N: jax.Array,
+    band_BS: jax.Array | None,
+    rows: Rows,
+    selection: Selection,
+    dout: jax.Array,
+    dlse: jax.Array | None,
+    owed: jax.Array | None,
+    drows: jax.Array | None,
+    *,
+    want_out: bool = False,
+) -> Gradients:
+    """Gradients of `forward`.
+
+    Args:
+      owed: float32 [B, W, H], what later queries owe to the last W of these keys. drows: float32 sum to add to.
+      want_out: compute the output too.
+    """
+    length = q_BSNH.shape[1]
+    chunk = min(plan.query_chunk, length)
+    padding = -length % chunk
+    keys = pad_keys(keys, length, chunk)
+    if plan.window:
+        # Laid out like the keys of the last chunk, which end with the padding.
+        owed = jnp.pad(owed, ((0, 0), (chunk - padding, padding), (0, 0)))
+
+    def step(carry, xs):
+        owed, drows, dsink = carry
+        number, band_BC, picked, (q, dout, dlse) = xs
+        band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
+        args, sizes = (dout, dlse), dict(plan.sizes, want_out=want_out)
+        if rows.count:
+            grads, drows = VERSIONS[plan.version].backward(
+                q, band, sink_N, rows.prepared, picked, *args, drows, rows.count, **sizes
+            )
+        else:
+            grads = attend_backward(q, band, sink_N, *args, **sizes)
+        dkv = None
+        if plan.window:
+            dkeys = grads.dkeys[0] + owed
+            dkv = dkeys[:, plan.earlier :].astype(keys.dtype)
+            owed = jnp.pad(dkeys[:, : plan.earlier], ((0, 0), (chunk, 0), (0, 0)))
+        return (owed, drows, dsink + grads.dsink_N), (grads.out, grads.dq, dkv)
+
+    carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32))
+    xs = _steps(chunk, band_BS, selection, q_BSNH, dout, dlse)
+    (owed, drows, dsink), ys = jax.lax.scan(step, carry, xs, reverse=True)
+    out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
+    return Gradients(out, dq, dkv, owed[:, chunk:] if plan.window else None, drows, dsink)
