@@ -13,8 +13,8 @@ from flax import nnx
 from fathom.layers.documents import make_documents
 from fathom.layers.hyper_connections import sinkhorn
 from fathom.layers.losses import LossWeights, count_targets
+from fathom.models.config_parts import YarnScaling
 from fathom.models.deepseek_v4.attention import make_layer_inputs
-from fathom.models.deepseek_v4.config import YarnScaling
 from fathom.models.deepseek_v4.hf_mapping import layer_place
 from fathom.train.state import named_leaves
 from tests.models.small import (

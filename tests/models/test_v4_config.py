@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fathom.models.deepseek_v4.config import DeepseekV4Config, YarnScaling, plan_layers
+from fathom.models.config_parts import YarnScaling, plan_layers
+from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.formulas import (
     attention_flops,
     attention_weights,

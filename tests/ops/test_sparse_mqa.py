@@ -44,6 +44,7 @@ def random_case(seed):
     value_dim = int(rng.integers(1, H + 1))
     indices = rng.integers(-2, T + 2, (B, S, K)).astype(np.int32)
     indices[:, :, K // 2] = -1
+    indices[:, -1, -1] = T  # the first number out of range
     indices[0, S // 2] = -1  # a query that sees nothing
     indices[0, 0, : K // 2] = indices[0, 0, 0]  # repeats
     kv = normal(rng, B, T, H)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fathom.models.deepseek_v4 import frozen, loss, update_state
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.models.deepseek_v32.formulas import flops_per_token, num_params
 from fathom.models.deepseek_v32.hf_mapping import hub_copies, hub_pieces, hub_tensors
 from fathom.models.deepseek_v32.sharding import PRESETS
+from fathom.models.training import frozen, loss, update_state
 from fathom.zoo import ModelSpec
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fathom.models.deepseek_v4.config import (
+from fathom.models.config_parts import (
     LayerPlan,
     YarnScaling,
-    _check_at_most,
-    _check_divides,
-    _check_int,
-    _check_real,
+    check_at_most,
+    check_divides,
+    check_int,
+    check_real,
     plan_layers,
 )
 
@@ -49,7 +49,7 @@ class MscaleYarn(YarnScaling):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("mscale", "mscale_all_dim"):
-            _check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
+            check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
             object.__setattr__(self, name, float(getattr(self, name)))
 
 
@@ -129,11 +129,11 @@ class DeepseekV32Config:
     def __post_init__(self) -> None:
         self._normalise()
         for name in _POSITIVE_INTS:
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         for name in _POSITIVE_REALS:
-            _check_real(name, getattr(self, name), above=0)
+            check_real(name, getattr(self, name), above=0)
             object.__setattr__(self, name, float(getattr(self, name)))
-        _check_int("num_mtp_layers", self.num_mtp_layers, 0)
+        check_int("num_mtp_layers", self.num_mtp_layers, 0)
         self._check_layers()
         self._check_widths()
         self._check_tokens()
@@ -160,13 +160,13 @@ class DeepseekV32Config:
             if kind not in FFN_KINDS:
                 raise ValueError(f"ffn_kinds[{index}]: found {kind!r}, expected one of {FFN_KINDS}")
         experts = len(kinds) * self.num_experts
-        _check_at_most("num_layers x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
+        check_at_most("num_layers x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
 
     def _check_widths(self) -> None:
-        _check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
-        _check_at_most("rope_head_dim", self.rope_head_dim, "index_head_dim", self.index_head_dim)
-        _check_divides("num_experts", self.num_experts, "num_groups", self.num_groups)
-        _check_at_most("groups_per_token", self.groups_per_token, "num_groups", self.num_groups)
+        check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
+        check_at_most("rope_head_dim", self.rope_head_dim, "index_head_dim", self.index_head_dim)
+        check_divides("num_experts", self.num_experts, "num_groups", self.num_groups)
+        check_at_most("groups_per_token", self.groups_per_token, "num_groups", self.num_groups)
         size = self.num_experts // self.num_groups
         if size < 2:
             raise ValueError(
@@ -175,9 +175,9 @@ class DeepseekV32Config:
             )
         within = size * self.groups_per_token
         chosen = f"the {within} experts of {self.groups_per_token} groups"
-        _check_at_most("num_experts_per_tok", self.num_experts_per_tok, chosen, within)
+        check_at_most("num_experts_per_tok", self.num_experts_per_tok, chosen, within)
         if self.rope_scaling is not None:
-            _check_at_most(
+            check_at_most(
                 "rope_scaling.original_max_position_embeddings",
                 self.rope_scaling.original_max_position_embeddings,
                 "max_position_embeddings",
@@ -190,8 +190,8 @@ class DeepseekV32Config:
         places += [("eos_token_id", token) for token in (eos if isinstance(eos, tuple) else (eos,))]
         for name, token in places:
             if token is not None:
-                _check_int(name, token, 0)
-                _check_at_most(name, token, "the last token id", self.vocab_size - 1)
+                check_int(name, token, 0)
+                check_at_most(name, token, "the last token id", self.vocab_size - 1)
 
     @property
     def num_layers(self) -> int:

@@ -7,7 +7,7 @@ length.
 
 from __future__ import annotations
 
-from fathom.models.deepseek_v4.formulas import visible_entries
+from fathom.models.config_parts import visible_entries
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.zoo import ParamCount
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fathom.models.deepseek_v4.hf_config import _Fields, _parse_file
 from fathom.models.deepseek_v32.config import DeepseekV32Config, MscaleYarn, mscale_of
+from fathom.models.hub_fields import Fields, parse_file
 
 # Hub field -> our field, the plain numbers that must be there.
 _REQUIRED = {
@@ -103,8 +103,8 @@ def read(source: Mapping[str, Any] | str | Path) -> DeepseekV32Config:
         the one number that is out of range.
       OSError: when the file cannot be read.
     """
-    raw, where = (source, "config") if isinstance(source, Mapping) else _parse_file(Path(source))
-    fields = _Fields(_to_hub_names(raw))
+    raw, where = (source, "config") if isinstance(source, Mapping) else parse_file(Path(source))
+    fields = Fields(_to_hub_names(raw))
     ours: dict[str, Any] = {}
     for name, allowed in _FIXED.items():
         value = fields.take(name, allowed[0])
@@ -154,7 +154,7 @@ def _to_hub_names(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return hub
 
 
-def _schedule(fields: _Fields) -> tuple[str, ...]:
+def _schedule(fields: Fields) -> tuple[str, ...]:
     """Which layers are dense, from first_k_dense_replace, mlp_layer_types or both."""
     count, dense = fields.require("num_hidden_layers"), fields.take("first_k_dense_replace")
     types, layer_types = fields.take("mlp_layer_types"), fields.take("layer_types")
@@ -183,7 +183,7 @@ def _schedule(fields: _Fields) -> tuple[str, ...]:
     return ("dense",) * dense + ("moe",) * (count - dense)
 
 
-def _rope(fields: _Fields) -> dict[str, Any]:
+def _rope(fields: Fields) -> dict[str, Any]:
     """RoPE given as rope_theta and rope_scaling, or as one rope_parameters."""
     tables = {name: fields.take(name) for name in ("rope_scaling", "rope_parameters")}
     for name, value in tables.items():
@@ -204,7 +204,7 @@ def _rope(fields: _Fields) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": yarns[0] if yarns else None}
 
 
-def _yarn(fields: _Fields, place: str, table: Mapping[str, Any]) -> MscaleYarn | None:
+def _yarn(fields: Fields, place: str, table: Mapping[str, Any]) -> MscaleYarn | None:
     """The YaRN numbers of one table, None for plain RoPE."""
     left = {key: value for key, value in table.items() if value is not None and key != "rope_theta"}
     kind = fields.agree(f"{place}.type", [(key, left.pop(key, None)) for key in ("type", "rope_type")])
@@ -240,7 +240,7 @@ def _yarn(fields: _Fields, place: str, table: Mapping[str, Any]) -> MscaleYarn |
     return yarn
 
 
-def _derived(fields: _Fields, ours: Mapping[str, Any]) -> None:
+def _derived(fields: Fields, ours: Mapping[str, Any]) -> None:
     """Keys whose values follow from others must have those values."""
     def number(name: str) -> int:
         return ours[name] if type(ours[name]) is int else 0

@@ -9,18 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from fathom.layers.decoder import HIDDEN, Decoder, Features, Head, Statistics
 from fathom.layers.documents import make_documents
 from fathom.layers.linear import Linear
 from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.norms import RMSNorm
 from fathom.layers.options import ComputeOptions
-from fathom.layers.remat import remat
 from fathom.layers.router import GroupLimitedRouter
 from fathom.mesh import constrain
-from fathom.models.deepseek_v4.model import HIDDEN, Embedding, Features, Head, Output
 from fathom.models.deepseek_v32.attention import Attention, LayerInputs, make_layer_inputs
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 
@@ -113,9 +111,8 @@ class MTP(nnx.Module):
         return self.norm(x), stats
 
 
-class DeepseekV32(nnx.Module):
-    """The whole model. `prefix` and `suffix` blocks are unrolled; `repeated` holds one unit of blocks whose
-    weights are stacked over the repeats and scanned (config.plan)."""
+class DeepseekV32(Decoder):
+    """The whole model."""
 
     def __init__(self, config: DeepseekV32Config, rngs: nnx.Rngs, options: ComputeOptions):
         if config.num_mtp_layers > 1:
@@ -123,60 +120,11 @@ class DeepseekV32(nnx.Module):
                 f"the model has {config.num_mtp_layers} MTP stages; one is supported; set num_mtp_layers=0 to leave "
                 "them out"
             )
-        self.config, self.options = config, options
-        plan, dtype = config.plan, options.param_dtype
-        common = dict(stddev=config.initializer_range, dtype=dtype)
-        self.embed = Embedding(rngs, config.vocab_size, config.hidden_size, **common)
-        self.prefix = nnx.List([make_block(rngs, config, options, i) for i in plan.prefix])
-        self.repeated = nnx.List(
-            [
-                _stacked_block(rngs, config, options, len(plan.prefix) + u, plan.repeats)
-                for u in range(plan.unit if plan.repeats else 0)
-            ]
-        )
-        self.suffix = nnx.List([make_block(rngs, config, options, i) for i in plan.suffix])
+        super().__init__(config, rngs, options, make_block)
+        dtype = options.param_dtype
         self.mtp = nnx.List([MTP(rngs, config, options) for _ in range(config.num_mtp_layers)])
         self.norm = RMSNorm(rngs, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.head = Head(rngs, config.hidden_size, config.vocab_size, **common)
-
-    def layer(self, index: int) -> Block:
-        """The block of decoder layer `index`, wherever the plan keeps it; a scanned layer's weights are copied.
-
-        Raises:
-          IndexError: when there is no such layer.
-        """
-        plan = self.config.plan
-        if not 0 <= index < self.config.num_layers:
-            raise IndexError(f"layer {index}: the model has layers 0 to {self.config.num_layers - 1}")
-        if index in plan.prefix:
-            return self.prefix[index]
-        if index in plan.suffix:
-            return self.suffix[index - plan.suffix.start]
-        repeat, unit = divmod(index - len(plan.prefix), plan.unit)
-        graphdef, state = nnx.split(self.repeated[unit])
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
-
-    def _run_block(self, block: Block, x: jax.Array, inputs: LayerInputs):
-        graphdef, state = nnx.split(block)
-
-        def run(state, x, inputs):
-            return nnx.merge(graphdef, state)(x, inputs)
-
-        return remat(run, self.options.remat)(state, x, inputs)
-
-    def _scan(self, x: jax.Array, inputs: LayerInputs, keep: bool):
-        """The repeated run: one scan step applies every block of the unit."""
-        graphdef, state = nnx.split(self.repeated)
-
-        def step(x, layer_state):
-            stats, kept = [], []
-            for block in nnx.merge(graphdef, layer_state):
-                x, block_stats = self._run_block(block, x, inputs)
-                stats.append(block_stats)
-                kept.append(x if keep else None)
-            return x, (stats, kept)
-
-        return jax.lax.scan(step, x, state)
+        self.head = Head(rngs, config.hidden_size, config.vocab_size, stddev=config.initializer_range, dtype=dtype)
 
     def features(
         self,
@@ -186,105 +134,17 @@ class DeepseekV32(nnx.Module):
         *,
         return_streams: bool = False,
     ) -> Features:
-        """Runs everything but the heads; arguments as in `__call__`."""
+        """Runs everything but the heads; arguments as in `__call__`. There is one stream."""
         documents = make_documents(tokens, positions, segment_ids)
         inputs = make_layer_inputs(self.config, tokens, documents)
+        statistics = Statistics("balance", *(["indexer"] if self.options.indexer_loss else []))
         x = self.embed(tokens, self.options.dtype)
-        load, sums, kept = {}, dict.fromkeys(("balance", "indexer"), jnp.zeros((), jnp.float32)), []
-
-        def record(name: str, stats: dict) -> None:
-            if "load" in stats:
-                load[name] = stats["load"]
-            for part in sums.keys() & stats.keys():
-                sums[part] = sums[part] + jnp.sum(stats[part])
-
-        for i, block in enumerate(self.prefix):
-            x, stats = self._run_block(block, x, inputs)
-            record(f"prefix/{i}", stats)
-            kept.append(x)
-        if len(self.repeated):
-            x, (unit_stats, unit_kept) = self._scan(x, inputs, return_streams)
-            for u, stats in enumerate(unit_stats):
-                record(f"repeated/{u}", stats)
-            if return_streams:
-                kept += [states[r] for r in range(self.config.plan.repeats) for states in unit_kept]
-        for i, block in enumerate(self.suffix):
-            x, stats = self._run_block(block, x, inputs)
-            record(f"suffix/{i}", stats)
-            kept.append(x)
+        x, kept = self.run_layers(x, inputs, statistics, return_streams)
         hidden, mtp_hidden = self.norm(x), []
         for i, stage in enumerate(self.mtp):
             following = self.embed(documents.roll_left(tokens), self.options.dtype)
-            ahead, stats = stage(hidden, following, inputs, self._run_block)
-            record(f"mtp/{i}/block", stats)
+            ahead, stats = stage(hidden, following, inputs, self.run_block)
+            statistics.record(f"mtp/{i}/block", stats)
             mtp_hidden.append(ahead)
-        if not self.options.indexer_loss:
-            del sums["indexer"]
-        return Features(
-            hidden=hidden,
-            mtp_hidden=tuple(mtp_hidden),
-            documents=documents,
-            aux={**sums, "expert_load": load},
-            # One stream: the shape that a model with several has.
-            streams=tuple(states[:, :, None] for states in kept) if return_streams else (),
-        )
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        *,
-        return_streams: bool = False,
-    ) -> Output:
-        """Logits of every position.
-
-        Args:
-          tokens: int [B, S] in [0, vocab_size).
-          positions: int [B, S], restarting at 0 with each document.
-          segment_ids: int [B, S], documents counted from 1, 0 for padding. Without both, a row is one document.
-          return_streams: also return the hidden states after each layer, [B, S, 1, D].
-
-        Raises:
-          ValueError: for ids outside the vocabulary (checked whenever the values are known), shapes that differ.
-        """
-        self._check_tokens(tokens)
-        features = self.features(
-            jnp.asarray(tokens), positions, segment_ids, return_streams=return_streams
-        )
-        mtp = self.head(features.mtp_hidden[0]) if features.mtp_hidden else None
-        return Output(self.head(features.hidden), mtp, features.aux, features.streams)
-
-    def _check_tokens(self, tokens: jax.Array) -> None:
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens have shape {tokens.shape}, expected [batch, sequence]")
-        if isinstance(tokens, jax.core.Tracer):
-            return
-        ids = np.asarray(tokens)
-        bad = np.argwhere((ids < 0) | (ids >= self.config.vocab_size))
-        if len(bad):
-            row, column = bad[0]
-            raise ValueError(
-                f"token id {ids[row, column]} at row {row}, position {column} is outside the vocabulary "
-                f"[0, {self.config.vocab_size}); {len(bad)} such ids in all"
-            )
-
-
-def _stacked_block(
-    rngs: nnx.Rngs, config: DeepseekV32Config, options: ComputeOptions, layer: int, repeats: int
-) -> Block:
-    """`repeats` copies of a layer's block with different weights, stacked on a leading "layers" axis."""
-    keys = jax.random.split(rngs.params(), repeats)
-    graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0), config, options, layer))
-    )
-
-    def weights(key: jax.Array) -> nnx.State:
-        return nnx.state(make_block(nnx.Rngs(params=key), config, options, layer))
-
-    block = nnx.merge(graphdef, jax.vmap(weights)(keys))
-    for _, variable in nnx.iter_graph(block):
-        if isinstance(variable, nnx.Variable):
-            axes = variable.get_metadata()["out_sharding"]
-            variable.set_metadata(out_sharding=("layers", *axes))
-    return block
+        streams = tuple(states[:, :, None] for states in kept)
+        return Features(hidden, tuple(mtp_hidden), documents, statistics.aux(), streams)

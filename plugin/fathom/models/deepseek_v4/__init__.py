@@ -5,16 +5,16 @@ The model itself is imported when it is built: what reads only configs and tenso
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.formulas import flops_per_token, num_params
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors, native_pieces
 from fathom.models.deepseek_v4.sharding import PRESETS
+from fathom.models.training import frozen, loss, update_state
 from fathom.zoo import ModelSpec
 
 if TYPE_CHECKING:
-    import jax
     from flax import nnx
 
     from fathom.layers.options import ComputeOptions
@@ -26,27 +26,6 @@ def build(config: DeepseekV4Config, rngs: nnx.Rngs, options: ComputeOptions) -> 
     from fathom.models.deepseek_v4.model import DeepseekV4
 
     return DeepseekV4(config, rngs, options)
-
-
-def loss(module: nnx.Module, batch: Any, weights: Any, counts: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """See `fathom.layers.losses.language_model_loss`."""
-    from fathom.layers.losses import language_model_loss
-
-    return language_model_loss(module, batch, weights, counts)
-
-
-def update_state(state: nnx.State, aux: dict[str, Any], speed: float) -> nnx.State:
-    """See `fathom.layers.router_bias.update_router_bias`."""
-    from fathom.layers.router_bias import update_router_bias
-
-    return update_router_bias(state, aux, speed)
-
-
-def frozen(path: tuple, stage: str) -> bool:
-    """The language-model loss never reaches the indexer: it trains by its own loss or not at all."""
-    if stage == "indexer-warmup":
-        return "indexer" not in path
-    return stage == "dense" and "indexer" in path
 
 
 def make_spec(name: str, config: DeepseekV4Config) -> ModelSpec:

@@ -6,11 +6,19 @@ The Hub's spellings of the same numbers live in `hf_config.py`.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fathom.models.config_parts import (
+    LayerPlan,
+    YarnScaling,
+    check_at_most,
+    check_divides,
+    check_int,
+    check_real,
+    plan_layers,
+)
 
 ATTENTION_KINDS = ("sliding", "csa", "hca")
 ROUTER_KINDS = ("hash", "learned")
@@ -21,41 +29,6 @@ EXPERT_DTYPES = ("fp4", "fp8", None)
 # by the machine's memory.
 _MAX_LAYERS = 4096
 _MAX_LAYERS_TIMES_EXPERTS = 2**20
-_MAX_INT = 2**31 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """YaRN, which stretches RoPE in the compressed layers only (no attention factor: it is 1).
-
-    Attributes:
-      factor: context length over the original one.
-      original_max_position_embeddings: positions the model was first trained on.
-      beta_fast, beta_slow: rotations over the original context above which a frequency is kept, and
-        below which it is divided by `factor`.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "beta_fast", "beta_slow"):
-            _check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
-            object.__setattr__(self, name, float(getattr(self, name)))
-        _check_int(
-            "rope_scaling.original_max_position_embeddings",
-            self.original_max_position_embeddings,
-            1,
-        )
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor: found {self.factor}, expected at least 1")
-        if self.beta_fast <= self.beta_slow:
-            raise ValueError(
-                f"rope_scaling.beta_fast: found {self.beta_fast}, expected more than "
-                f"beta_slow {self.beta_slow}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,76 +42,11 @@ class DsparkConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_layer_ids", tuple(self.target_layer_ids))
-        _check_int("dspark.block_size", self.block_size, 1)
-        _check_int("dspark.noise_token_id", self.noise_token_id, 0)
-        _check_int("dspark.markov_rank", self.markov_rank, 1)
+        check_int("dspark.block_size", self.block_size, 1)
+        check_int("dspark.noise_token_id", self.noise_token_id, 0)
+        check_int("dspark.markov_rank", self.markov_rank, 1)
         for layer in self.target_layer_ids:
-            _check_int("dspark.target_layer_ids", layer, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """How the layers are compiled: `prefix` unrolled, `unit` layers scanned `repeats` times,
-    `suffix` unrolled.
-
-    Scanned layer u of repetition r is layer `len(prefix) + r * unit + u`. Without a scan `unit` and
-    `repeats` are 0 and every layer is in `prefix`.
-    """
-
-    prefix: range
-    unit: int
-    repeats: int
-    suffix: range
-
-    def layer_of(self, unit_index: int, repeat: int) -> int:
-        """The layer index of one scanned layer."""
-        return len(self.prefix) + repeat * self.unit + unit_index
-
-
-@functools.lru_cache(maxsize=64)
-def plan_layers(kinds: tuple[Any, ...]) -> LayerPlan:
-    """The plan with the fewest distinct compiled blocks for any schedule of layer kinds.
-
-    Minimises `len(prefix) + unit + len(suffix)` over all runs that repeat at least twice. Between
-    equal costs the shorter suffix wins, then the shorter unit.
-    """
-    count = len(kinds)
-    best = (count, 0, 0, count, 0)  # cost, suffix, unit, start, repeats
-    for start in range(count):
-        for unit in range(1, (count - start) // 2 + 1):
-            same = start + unit
-            while same < count and kinds[same] == kinds[same - unit]:
-                same += 1
-            repeats = (same - start) // unit
-            if repeats < 2:
-                continue
-            suffix = count - start - unit * repeats
-            best = min(best, (start + unit + suffix, suffix, unit, start, repeats))
-    _, suffix, unit, start, repeats = best
-    if not unit:
-        return LayerPlan(range(count), 0, 0, range(count, count))
-    return LayerPlan(range(start), unit, repeats, range(count - suffix, count))
-
-
-def _check_int(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_INT:
-        raise ValueError(f"{name}: found {value!r}, expected an integer from {low} to {_MAX_INT}")
-
-
-def _check_real(name: str, value: Any, above: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= above:
-        raise ValueError(f"{name}: found {value!r}, expected a finite number above {above}")
-
-
-def _check_divides(whole: str, whole_value: int, part: str, part_value: int) -> None:
-    if whole_value % part_value:
-        raise ValueError(f"{whole} {whole_value} is not divisible by {part} {part_value}")
-
-
-def _check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
-    if value > limit:
-        raise ValueError(f"{name} {value} is more than {limit_name} {limit}")
+            check_int("dspark.target_layer_ids", layer, 0)
 
 
 _POSITIVE_INTS = (
@@ -239,10 +147,10 @@ class DeepseekV4Config:
     def __post_init__(self) -> None:
         self._normalise()
         for name in _POSITIVE_INTS:
-            _check_int(name, getattr(self, name), 1)
+            check_int(name, getattr(self, name), 1)
         for name in _POSITIVE_REALS:
             object.__setattr__(self, name, self._real(name))
-        _check_int("num_mtp_layers", self.num_mtp_layers, 0)
+        check_int("num_mtp_layers", self.num_mtp_layers, 0)
         self._check_layers()
         self._check_widths()
         self._check_rest()
@@ -265,7 +173,7 @@ class DeepseekV4Config:
                 raise ValueError(f"{name}: found {value!r}, expected a {kind.__name__} or None")
 
     def _real(self, name: str) -> float:
-        _check_real(name, getattr(self, name), above=0)
+        check_real(name, getattr(self, name), above=0)
         return float(getattr(self, name))
 
     def _check_layers(self) -> None:
@@ -276,9 +184,9 @@ class DeepseekV4Config:
         if not 1 <= count <= _MAX_LAYERS:
             raise ValueError(f"attention_kinds: {count} layers, expected 1 to {_MAX_LAYERS}")
         blocks = count + self.num_mtp_layers
-        _check_at_most("num_layers + num_mtp_layers", blocks, "the limit", _MAX_LAYERS)
+        check_at_most("num_layers + num_mtp_layers", blocks, "the limit", _MAX_LAYERS)
         experts = blocks * self.num_experts
-        _check_at_most("(num_layers + num_mtp_layers) x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
+        check_at_most("(num_layers + num_mtp_layers) x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
         for name in ("compress_ratios", "router_kinds"):
             if len(getattr(self, name)) != count:
                 raise ValueError(
@@ -294,31 +202,31 @@ class DeepseekV4Config:
                 raise ValueError(
                     f"router_kinds[{index}]: found {router!r}, expected one of {ROUTER_KINDS}"
                 )
-            _check_int(f"compress_ratios[{index}]", ratio, 0)
+            check_int(f"compress_ratios[{index}]", ratio, 0)
             if (kind == "sliding") != (ratio == 0):
                 raise ValueError(
                     f"compress_ratios[{index}]: found {ratio} for a {kind!r} layer, expected "
                     f"{'0' if kind == 'sliding' else 'at least 1'}"
                 )
-            _check_at_most(
+            check_at_most(
                 f"compress_ratios[{index}]", ratio, "max_position_embeddings",
                 self.max_position_embeddings,
             )  # fmt: skip
 
     def _check_widths(self) -> None:
-        _check_divides("num_heads", self.num_heads, "o_groups", self.o_groups)
-        _check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
-        _check_at_most("rope_head_dim", self.rope_head_dim, "head_dim", self.head_dim)
+        check_divides("num_heads", self.num_heads, "o_groups", self.o_groups)
+        check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
+        check_at_most("rope_head_dim", self.rope_head_dim, "head_dim", self.head_dim)
         if "csa" in self.attention_kinds:
-            _check_at_most(
+            check_at_most(
                 "rope_head_dim", self.rope_head_dim, "index_head_dim", self.index_head_dim
             )
-        _check_at_most(
+        check_at_most(
             "num_experts_per_tok", self.num_experts_per_tok, "num_experts", self.num_experts
         )
         yarn = self.rope_scaling
         if yarn is not None:
-            _check_at_most(
+            check_at_most(
                 "rope_scaling.original_max_position_embeddings",
                 yarn.original_max_position_embeddings,
                 "max_position_embeddings",
@@ -335,7 +243,7 @@ class DeepseekV4Config:
             )
         if self.dspark is not None:
             for layer in self.dspark.target_layer_ids:
-                _check_at_most(
+                check_at_most(
                     "dspark.target_layer_ids", layer, "the last layer", self.num_layers - 1
                 )
         if self.expert_dtype not in EXPERT_DTYPES:
@@ -350,8 +258,8 @@ class DeepseekV4Config:
             for token in ids:
                 if token is None:
                     continue
-                _check_int(name, token, 0)
-                _check_at_most(name, token, "the last token id", self.vocab_size - 1)
+                check_int(name, token, 0)
+                check_at_most(name, token, "the last token id", self.vocab_size - 1)
 
     def require_plain_mtp(self) -> None:
         """Raises ValueError for DSpark's blocks, whose structure this model does not have."""

@@ -7,6 +7,7 @@ sequence length.
 
 from __future__ import annotations
 
+from fathom.models.config_parts import visible_entries
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.zoo import ParamCount
 
@@ -96,17 +97,6 @@ def num_params(config: DeepseekV4Config) -> ParamCount:
     mtp_block, _ = _block_params(c, "sliding", 0, "learned")
     mtp = mtp_block + 2 * c.hidden_size**2 + 3 * c.hidden_size + collapse
     return ParamCount(total + c.num_mtp_layers * mtp, active)
-
-
-def visible_entries(seq_len: int, ratio: int, limit: int | None = None) -> float:
-    """Mean over queries t = 1..S of min(limit, floor(t / m)): compressed entries a query attends
-    to."""
-    last = seq_len // ratio
-    if limit is None or last <= limit:
-        total = ratio * last * (last - 1) // 2 + last * (seq_len - last * ratio + 1)
-    else:
-        total = ratio * limit * (limit - 1) // 2 + limit * (seq_len - limit * ratio + 1)
-    return total / seq_len
 
 
 def window_keys(seq_len: int, window: int) -> float:

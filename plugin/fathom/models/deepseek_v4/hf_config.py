@@ -7,17 +7,17 @@ included), what `transformers` saves, and the native `inference/config.json`.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fathom.models.config_parts import YarnScaling
 from fathom.models.deepseek_v4.config import (
     DeepseekV4Config,
     DsparkConfig,
-    YarnScaling,
     kinds_of_ratios,
 )
+from fathom.models.hub_fields import Fields, parse_file
 
 # Hub field -> our field, the plain numbers that must be there.
 _REQUIRED = {
@@ -97,34 +97,6 @@ _TYPE_OF_ROUTER = {kind: name for name, kind in _ROUTER_OF_TYPE.items()}
 _DSPARK_KEYS = {f"dspark_{field.name}": field.name for field in dataclasses.fields(DsparkConfig)}
 
 
-class _Fields:
-    """The file's keys, taken one by one; what is left at the end is unknown. Collects the
-    problems."""
-
-    def __init__(self, raw: Mapping[str, Any]):
-        self._left = dict(raw)
-        self.problems: list[str] = []
-
-    def take(self, name: str, default: Any = None) -> Any:
-        return self._left.pop(name, default)
-
-    def require(self, name: str) -> Any:
-        if self._left.get(name) is None:
-            self.problems.append(f"{name}: missing")
-        return self.take(name)
-
-    def leftovers(self) -> list[str]:
-        return sorted(self._left)
-
-    def agree(self, name: str, found: Iterable[tuple[str, Any]]) -> Any:
-        """The one value given in several places; None when in none, a problem when they differ."""
-        given = [(place, value) for place, value in found if value is not None]
-        if any(value != given[0][1] for _, value in given):
-            listing = ", ".join(f"{place} gives {value!r}" for place, value in given)
-            self.problems.append(f"{name}: {listing}; make them equal or remove all but one")
-        return given[0][1] if given else None
-
-
 def read(source: Mapping[str, Any] | str | Path) -> DeepseekV4Config:
     """Reads a Hub config: a dict, a JSON file or the folder that holds `config.json`.
 
@@ -133,8 +105,8 @@ def read(source: Mapping[str, Any] | str | Path) -> DeepseekV4Config:
         once; or naming the one number that is out of range.
       OSError: when the file cannot be read.
     """
-    raw, where = (source, "config") if isinstance(source, Mapping) else _parse_file(Path(source))
-    fields = _Fields(_to_hub_names(raw))
+    raw, where = (source, "config") if isinstance(source, Mapping) else parse_file(Path(source))
+    fields = Fields(_to_hub_names(raw))
     ours: dict[str, Any] = {}
     for name, allowed in _FIXED.items():
         value = fields.take(name, allowed[0])
@@ -162,26 +134,6 @@ def read(source: Mapping[str, Any] | str | Path) -> DeepseekV4Config:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _parse_file(path: Path) -> tuple[Mapping[str, Any], str]:
-    path = path / "config.json" if path.is_dir() else path
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1})
-        if twice:
-            raise ValueError(f"{path}: keys given twice: {', '.join(twice)}")
-        return dict(pairs)
-
-    def constant(text: str) -> None:
-        raise ValueError(f"{path}: found the number {text}, expected finite numbers")
-
-    try:
-        raw = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: found a JSON {type(raw).__name__}, expected an object")
-    return raw, str(path)
-
 
 def _to_hub_names(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Translates `inference/config.json`; every other file is returned as it is."""
@@ -206,7 +158,7 @@ def _to_hub_names(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return hub
 
 
-def _int_list(fields: _Fields, name: str) -> list[int] | None:
+def _int_list(fields: Fields, name: str) -> list[int] | None:
     value = fields.take(name)
     if value is None:
         return None
@@ -216,7 +168,7 @@ def _int_list(fields: _Fields, name: str) -> list[int] | None:
     return list(value)
 
 
-def _type_list(fields: _Fields, name: str, known: Mapping[str, str]) -> list[str] | None:
+def _type_list(fields: Fields, name: str, known: Mapping[str, str]) -> list[str] | None:
     value = fields.take(name)
     if value is None:
         return None
@@ -226,7 +178,7 @@ def _type_list(fields: _Fields, name: str, known: Mapping[str, str]) -> list[str
     return [known[entry] for entry in value]
 
 
-def _schedule(fields: _Fields) -> dict[str, Any]:
+def _schedule(fields: Fields) -> dict[str, Any]:
     """Attention kinds, ratios, routers and multi-token prediction."""
     count = fields.require("num_hidden_layers")
     ratios = _int_list(fields, "compress_ratios")
@@ -259,7 +211,7 @@ def _schedule(fields: _Fields) -> dict[str, Any]:
     return ours | _mtp(fields, trailing)
 
 
-def _rates(fields: _Fields) -> dict[str, int]:
+def _rates(fields: Fields) -> dict[str, int]:
     """Given compression rates by attention kind."""
     rates = fields.take("compress_rates")
     if rates is not None and not (isinstance(rates, Mapping) and set(rates) <= set(_KIND_OF_TYPE)):
@@ -280,7 +232,7 @@ def _rates(fields: _Fields) -> dict[str, int]:
 
 
 def _layers(
-    fields: _Fields, ratios: list[int] | None, kinds: list[str] | None, rates: dict[str, int]
+    fields: Fields, ratios: list[int] | None, kinds: list[str] | None, rates: dict[str, int]
 ) -> dict[str, Any]:
     if kinds is None:
         kinds = list(kinds_of_ratios(tuple(ratios)))
@@ -299,7 +251,7 @@ def _layers(
 
 
 def _routers(
-    fields: _Fields, count: int, routers: list[str] | None, num_hash: Any
+    fields: Fields, count: int, routers: list[str] | None, num_hash: Any
 ) -> tuple[str, ...]:
     if num_hash is not None and (type(num_hash) is not int or num_hash < 0):
         fields.problems.append(f"num_hash_layers: found {num_hash!r}, expected 0 or more")
@@ -315,7 +267,7 @@ def _routers(
     return tuple(fields.agree("router kinds", places))
 
 
-def _mtp(fields: _Fields, trailing: int) -> dict[str, Any]:
+def _mtp(fields: Fields, trailing: int) -> dict[str, Any]:
     """Multi-token prediction from num_nextn_predict_layers and the schedule's `trailing`
     entries."""
     declared = fields.take("num_nextn_predict_layers")
@@ -343,7 +295,7 @@ def _mtp(fields: _Fields, trailing: int) -> dict[str, Any]:
     return {"num_mtp_layers": number, "mtp_kind": "dspark", "dspark": dspark}
 
 
-def _rope(fields: _Fields, head_dim: Any) -> dict[str, Any]:
+def _rope(fields: Fields, head_dim: Any) -> dict[str, Any]:
     """RoPE given flat (rope_theta, compress_rope_theta, rope_scaling) or nested (main,
     compress)."""
     scaling, parameters = fields.take("rope_scaling"), fields.take("rope_parameters")
@@ -390,7 +342,7 @@ def _rope(fields: _Fields, head_dim: Any) -> dict[str, Any]:
     return ours
 
 
-def _rope_width(fields: _Fields, head_dim: Any, factors: list[Any]) -> int | None:
+def _rope_width(fields: Fields, head_dim: Any, factors: list[Any]) -> int | None:
     """qk_rope_head_dim is a width and partial_rotary_factor the same width over head_dim: either,
     never their product."""
     places = [("qk_rope_head_dim", fields.take("qk_rope_head_dim"))]
@@ -411,7 +363,7 @@ def _rope_width(fields: _Fields, head_dim: Any, factors: list[Any]) -> int | Non
     return width
 
 
-def _yarn(fields: _Fields, place: str, table: Mapping[str, Any]) -> YarnScaling | None:
+def _yarn(fields: Fields, place: str, table: Mapping[str, Any]) -> YarnScaling | None:
     """The YaRN numbers of one rope table, None for plain RoPE."""
     left = {key: value for key, value in table.items() if value is not None}
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -443,7 +395,7 @@ def _yarn(fields: _Fields, place: str, table: Mapping[str, Any]) -> YarnScaling 
         return None
 
 
-def _expert_dtype(fields: _Fields) -> str | None:
+def _expert_dtype(fields: Fields) -> str | None:
     quantization = fields.take("quantization_config")
     if quantization is not None and not isinstance(quantization, Mapping):
         fields.problems.append(f"quantization_config: found {quantization!r}, expected an object")

@@ -1,0 +1,272 @@
+"""What every decoder here is made of: embedding, head, and a planned run of blocks that is unrolled and scanned.
+
+Letters: B batch, S sequence, D hidden, n streams, V vocab, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fathom.layers.documents import Documents
+from fathom.layers.options import ComputeOptions
+from fathom.layers.param import normal, param
+from fathom.layers.remat import remat
+from fathom.mesh import constrain
+from fathom.ops.embedding import embedding_lookup
+from fathom.ops.precision import precision_of
+
+HIDDEN = ("act_batch", "act_sequence", "act_embed")
+
+
+class Output(NamedTuple):
+    """Result of a forward pass.
+
+    logits [B, S, V] float32; mtp_logits likewise, or None without MTP; aux: losses and statistics, see
+    `Features.aux`; streams: after each layer [B, S, n, D], empty unless asked for.
+    """
+
+    logits: jax.Array
+    mtp_logits: jax.Array | None
+    aux: dict[str, Any]
+    streams: tuple[jax.Array, ...]
+
+
+class Features(NamedTuple):
+    """Everything before the head, so that a loss can apply it in chunks.
+
+    hidden [B, S, D]: final normalised states; mtp_hidden: one [B, S, D] per MTP stage; documents: the layout of
+    the rows; aux: "balance" (float32, summed over valid tokens and learned layers), "indexer" (where options ask for
+    it: the indexers' loss, summed over tokens and layers) and "expert_load" (block path -> float32 token counts
+    [..., E]).
+    """
+
+    hidden: jax.Array
+    mtp_hidden: tuple[jax.Array, ...]
+    documents: Documents
+    aux: dict[str, Any]
+    streams: tuple[jax.Array, ...]
+
+
+class Embedding(nnx.Module):
+    """Token embedding [V, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, vocab: int, hidden: int, *, stddev: float, dtype: str):
+        self.weight = param(
+            rngs.params(), (vocab, hidden), normal(stddev), axes=("vocab", "embed"), dtype=dtype
+        )
+
+    def __call__(self, tokens_BS: jax.Array, dtype: str) -> jax.Array:
+        def spread(table: jax.Array) -> jax.Array:
+            return constrain(table, ("vocab", "act_embed"))
+
+        return constrain(embedding_lookup(self.weight[...], tokens_BS, dtype, spread), HIDDEN)
+
+
+class Head(nnx.Module):
+    """Prediction head [D, V]."""
+
+    def __init__(self, rngs: nnx.Rngs, hidden: int, vocab: int, *, stddev: float, dtype: str):
+        self.weight = param(
+            rngs.params(), (hidden, vocab), normal(stddev), axes=("embed", "vocab"), dtype=dtype
+        )
+
+    def kernel(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel in the compute dtype, gathered once over the axes that shard its rows."""
+        return constrain(self.weight[...].astype(dtype), ("act_embed", "vocab"))
+
+    def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
+        """float32 logits [B, S, V]."""
+        kernel = self.kernel(hidden_BSD.dtype)
+        logits = jnp.einsum(
+            "bsd,dv->bsv",
+            hidden_BSD,
+            kernel,
+            precision=precision_of(hidden_BSD),
+            preferred_element_type=jnp.float32,
+        )
+        return constrain(logits, ("act_batch", "act_sequence", "act_vocab"))
+
+
+class Statistics:
+    """What the blocks of one pass tell: token counts per block, and sums over all blocks."""
+
+    def __init__(self, *sums: str):
+        self.load: dict[str, jax.Array] = {}
+        self.sums = dict.fromkeys(sums, jnp.zeros((), jnp.float32))
+
+    def record(self, name: str, stats: dict[str, jax.Array]) -> None:
+        """Adds a block's {"load": [..., E], other names: scalars or one per repeat}; a part may be missing."""
+        if "load" in stats:
+            self.load[name] = stats["load"]
+        for part in self.sums:
+            if part in stats:
+                self.sums[part] = self.sums[part] + jnp.sum(stats[part])
+
+    def aux(self) -> dict[str, Any]:
+        """As `Features.aux` has them."""
+        return {**self.sums, "expert_load": self.load}
+
+
+class Decoder(nnx.Module):
+    """A planned run of blocks, and the call that makes logits; a subclass defines `features`.
+
+    `prefix` and `suffix` blocks are unrolled; `repeated` holds one unit of blocks whose weights are stacked over the
+    repeats and scanned (config.plan). A block maps (x, inputs) to (x, statistics).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        rngs: nnx.Rngs,
+        options: ComputeOptions,
+        make_block: Callable[[nnx.Rngs, Any, ComputeOptions, int], nnx.Module],
+    ):
+        """`make_block` makes the block of a layer: (rngs, config, options, layer)."""
+        self.config, self.options = config, options
+        plan = config.plan
+        common = dict(stddev=config.initializer_range, dtype=options.param_dtype)
+        self.embed = Embedding(rngs, config.vocab_size, config.hidden_size, **common)
+
+        def make(rngs: nnx.Rngs, layer: int) -> nnx.Module:
+            return make_block(rngs, config, options, layer)
+
+        self.prefix = nnx.List([make(rngs, layer) for layer in plan.prefix])
+        units = range(plan.unit if plan.repeats else 0)
+        self.repeated = nnx.List([stacked_block(rngs, make, len(plan.prefix) + u, plan.repeats) for u in units])
+        self.suffix = nnx.List([make(rngs, layer) for layer in plan.suffix])
+
+    def layer(self, index: int) -> nnx.Module:
+        """The block of decoder layer `index`, wherever the plan keeps it; a scanned layer's weights are copied.
+
+        Raises:
+          IndexError: when there is no such layer.
+        """
+        plan = self.config.plan
+        if not 0 <= index < self.config.num_layers:
+            raise IndexError(f"layer {index}: the model has layers 0 to {self.config.num_layers - 1}")
+        if index in plan.prefix:
+            return self.prefix[index]
+        if index in plan.suffix:
+            return self.suffix[index - plan.suffix.start]
+        repeat, unit = divmod(index - len(plan.prefix), plan.unit)
+        graphdef, state = nnx.split(self.repeated[unit])
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
+
+    def run_block(self, block: nnx.Module, x: jax.Array, inputs: Any) -> tuple[jax.Array, dict]:
+        """One block under the options' policy of activation checkpointing."""
+        graphdef, state = nnx.split(block)
+
+        def run(state, x, inputs):
+            return nnx.merge(graphdef, state)(x, inputs)
+
+        return remat(run, self.options.remat)(state, x, inputs)
+
+    def run_layers(
+        self, x: jax.Array, inputs: Any, statistics: Statistics, keep: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """What all layers make of x, and with `keep` what each makes of it, in order."""
+        kept = []
+        for i, block in enumerate(self.prefix):
+            x, stats = self.run_block(block, x, inputs)
+            statistics.record(f"prefix/{i}", stats)
+            kept.append(x)
+        if len(self.repeated):
+            x, (unit_stats, unit_kept) = self._scan(x, inputs, keep)
+            for u, stats in enumerate(unit_stats):
+                statistics.record(f"repeated/{u}", stats)
+            if keep:
+                kept += [states[r] for r in range(self.config.plan.repeats) for states in unit_kept]
+        for i, block in enumerate(self.suffix):
+            x, stats = self.run_block(block, x, inputs)
+            statistics.record(f"suffix/{i}", stats)
+            kept.append(x)
+        return x, tuple(kept) if keep else ()
+
+    def _scan(self, x: jax.Array, inputs: Any, keep: bool):
+        """The repeated run: one scan step applies every block of the unit."""
+        graphdef, state = nnx.split(self.repeated)
+
+        def step(x, layer_state):
+            stats, kept = [], []
+            for block in nnx.merge(graphdef, layer_state):
+                x, block_stats = self.run_block(block, x, inputs)
+                stats.append(block_stats)
+                kept.append(x if keep else None)
+            return x, (stats, kept)
+
+        return jax.lax.scan(step, x, state)
+
+    def features(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        return_streams: bool = False,
+    ) -> Features:
+        """Runs everything but the heads; arguments as in `__call__`."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        return_streams: bool = False,
+    ) -> Output:
+        """Logits of every position.
+
+        Args:
+          tokens: int [B, S] in [0, vocab_size).
+          positions: int [B, S], restarting at 0 with each document.
+          segment_ids: int [B, S], documents counted from 1, 0 for padding. Without both, a row is one document.
+          return_streams: also return the hidden states after each layer, [B, S, n, D].
+
+        Raises:
+          ValueError: for ids outside the vocabulary (checked whenever the values are known), shapes that differ.
+        """
+        check_tokens(tokens, self.config.vocab_size)
+        features = self.features(jnp.asarray(tokens), positions, segment_ids, return_streams=return_streams)
+        mtp = self.head(features.mtp_hidden[0]) if features.mtp_hidden else None
+        return Output(self.head(features.hidden), mtp, features.aux, features.streams)
+
+
+def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
+    """Refuses ids outside the vocabulary wherever the values are known; ValueError names the first."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens have shape {tokens.shape}, expected [batch, sequence]")
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    bad = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(
+            f"token id {ids[row, column]} at row {row}, position {column} is outside the vocabulary "
+            f"[0, {vocab_size}); {len(bad)} such ids in all"
+        )
+
+
+def stacked_block(
+    rngs: nnx.Rngs, make_block: Callable[[nnx.Rngs, int], nnx.Module], layer: int, repeats: int
+) -> nnx.Module:
+    """`repeats` copies of a layer's block with different weights, stacked on a leading "layers" axis."""
+    keys = jax.random.split(rngs.params(), repeats)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0), layer)))
+
+    def weights(key: jax.Array) -> nnx.State:
+        return nnx.state(make_block(nnx.Rngs(params=key), layer))
+
+    block = nnx.merge(graphdef, jax.vmap(weights)(keys))
+    for _, variable in nnx.iter_graph(block):
+        if isinstance(variable, nnx.Variable):
+            axes = variable.get_metadata()["out_sharding"]
+            variable.set_metadata(out_sharding=("layers", *axes))
+    return block
