@@ -28,9 +28,10 @@ from jax.experimental import topologies
 from fathom.layers.norms import rms_normalize
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.ops.attention import Selected, VisibleRange, from_chunks, to_chunks
 from fathom.ops.chunked_layer import LAYER_CHUNK, attend_in_chunks
+from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.indexer import indexer_topk
+from fathom.ops.selection import Selected, VisibleRange
 
 CONFIG = DeepseekV4Config.flash()
 RATIOS = {"csa": 4, "hca": 128, "sliding": 0}

@@ -23,7 +23,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from fathom.ops.attention import Selected, entry_mask  # noqa: E402
+from fathom.ops.selection import Selected, entry_mask  # noqa: E402
 
 
 def by_scatter(indices: jax.Array, keys: int) -> jax.Array:

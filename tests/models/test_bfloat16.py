@@ -13,13 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fathom.ops.attention import (
-    VisibleRange,
-    shared_kv_attention_chunked,
-    shared_kv_attention_reference,
-)
 from fathom.ops.cross_entropy import linear_cross_entropy
 from fathom.ops.embedding import embedding_lookup
+from fathom.ops.selection import VisibleRange
+from fathom.ops.sparse_mqa import banded_sparse_mqa
 from fathom.train.state import named_leaves
 from tests.models.small import (
     FAST_COMPILE,
@@ -93,17 +90,15 @@ def test_entries_add_up_their_chunks_in_float32():
     kv = jax.random.normal(keys[1], (1, length, 16), jnp.bfloat16)
     shared = jax.random.normal(keys[2], (1, entries, 16), jnp.bfloat16)
     seen = VisibleRange(jnp.zeros((1, length), jnp.int32), jnp.full((1, length), entries))
-    arguments = dict(scale=0.25, window=4)
-    fixed = (jnp.zeros(2), jnp.full((1, length), 4), seen)
+    fixed = (jnp.zeros(2), jnp.full((1, length), 4))
 
-    def total(entries, attend, cast, **more):
-        sink, band, selection = fixed
-        out = attend(cast(q), cast(kv), sink, band, entries, selection, **arguments, **more)
+    def total(entries, implementation, cast):
+        out = banded_sparse_mqa(
+            cast(q), cast(kv), *fixed, entries, seen, scale=0.25, window=4, implementation=implementation, query_chunk=8
+        )
         return out.astype(jnp.float32).sum()
 
-    exact = jax.grad(total)(
-        shared.astype(jnp.float32), shared_kv_attention_reference, lambda x: x.astype(jnp.float32)
-    )
-    whole = jax.grad(total)(shared, shared_kv_attention_reference, lambda x: x)
-    chunked = jax.grad(total)(shared, shared_kv_attention_chunked, lambda x: x, query_chunk=8)
+    exact = jax.grad(total)(shared.astype(jnp.float32), "reference", lambda x: x.astype(jnp.float32))
+    whole = jax.grad(total)(shared, "reference", lambda x: x)
+    chunked = jax.grad(total)(shared, "masked", lambda x: x)
     assert relative(chunked, exact) < 1.5 * relative(whole, exact) + 2e-3

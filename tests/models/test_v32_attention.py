@@ -18,7 +18,7 @@ from fathom.models.deepseek_v32 import mla
 from fathom.models.deepseek_v32.attention import Attention, Indexer, make_layer_inputs, visible_tokens
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.models.deepseek_v32.mla import Latents, choose, latent_attention
-from fathom.ops.attention import Selected, VisibleRange
+from fathom.ops.selection import Selected, VisibleRange
 from tests.models.small import FAST_COMPILE, fill, packed_rows
 
 B, S, N, R, P, H, V = 2, 50, 3, 24, 8, 12, 10

@@ -7,15 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fathom.ops.attention import (
-    Selected,
-    VisibleRange,
-    entry_mask,
-    from_chunks,
-    shared_kv_attention,
-    to_chunks,
-)
+from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.indexer import indexer_scores, indexer_topk
+from fathom.ops.selection import Selected, VisibleRange, entry_mask
+from fathom.ops.sparse_mqa import banded_sparse_mqa
 
 
 def draw(mask) -> str:
@@ -50,7 +45,7 @@ def by_hand(q, kv, sink, band, compressed, mask, scale):
     return out
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", ["reference", "masked"])
 @pytest.mark.parametrize("kind", ["range", "selected", "none"])
 def test_against_a_loop_over_queries(implementation, kind):
     length, entries, window = 37, 9, 7
@@ -64,7 +59,7 @@ def test_against_a_loop_over_queries(implementation, kind):
     else:
         selection, compressed = None, compressed[:, :0]
     mask = np.zeros((2, length, 0)) if kind == "none" else np.asarray(entry_mask(selection, entries))
-    out = shared_kv_attention(
+    out = banded_sparse_mqa(
         q, kv, sink, band, compressed, selection,
         scale=0.3, window=window, implementation=implementation, query_chunk=8,
     )  # fmt: skip
@@ -79,7 +74,7 @@ def test_chunked_equals_reference_with_gradients(window, length):
     selection = Selected(jax.random.randint(jax.random.key(2), (2, length, 3), -1, 6))
 
     def loss(implementation, q, kv, sink, compressed):
-        out = shared_kv_attention(
+        out = banded_sparse_mqa(
             q, kv, sink, band, compressed, selection,
             scale=0.25, window=window, implementation=implementation, query_chunk=8,
         )  # fmt: skip
@@ -89,32 +84,13 @@ def test_chunked_equals_reference_with_gradients(window, length):
         jax.value_and_grad(
             lambda *a, i=i: loss(i, *a), argnums=(0, 1, 2, 3), has_aux=True
         )(q, kv, sink, compressed)
-        for i in ("reference", "chunked")
+        for i in ("reference", "masked")
     ]
     (_, out), grads = results[0]
     (_, out_chunked), grads_chunked = results[1]
     np.testing.assert_allclose(out, out_chunked, atol=1e-6)
     for a, b in zip(grads, grads_chunked, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
-
-
-def test_chunked_holds_nothing_of_queries_x_keys():
-    """Compiled temporaries of forward and backward grow linearly with the sequence."""
-
-    def temporaries(length):
-        q, kv, sink, band, _ = inputs(0, length, 0, batch=1, heads=2, dim=16, window=16)
-
-        def loss(q, kv):
-            out = shared_kv_attention(
-                q, kv, sink, band, scale=0.3, window=16, implementation="chunked", query_chunk=32
-            )
-            return out.sum()
-
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(q, kv).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporaries(4096) < 2.2 * temporaries(2048)
-    assert temporaries(4096) < 4096 * 4096  # a quarter of one float32 queries x keys array
 
 
 def test_entry_masks_read_as_pictures():
@@ -131,7 +107,7 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_gradient():
     band = band.at[:, 4:].set(0)
 
     def run(q):
-        return shared_kv_attention(q, kv, sink, band, scale=0.3, window=7)
+        return banded_sparse_mqa(q, kv, sink, band, scale=0.3, window=7)
 
     out, vjp = jax.vjp(run, q)
     assert not np.any(out[:, 4:]) and np.all(np.isfinite(out))
@@ -142,9 +118,9 @@ def test_a_query_that_sees_nothing_gets_zero_and_no_gradient():
 def test_errors_name_the_fix():
     q, kv, sink, band, compressed = inputs(0, 4, 3)
     with pytest.raises(ValueError, match="3 compressed entries and no selection"):
-        shared_kv_attention(q, kv, sink, band, compressed, None, scale=1.0, window=7)
-    with pytest.raises(ValueError, match="unknown attention implementation 'flash'"):
-        shared_kv_attention(q, kv, sink, band, scale=1.0, window=7, implementation="flash")
+        banded_sparse_mqa(q, kv, sink, band, compressed, None, scale=1.0, window=7)
+    with pytest.raises(ValueError, match="unknown sparse attention implementation 'flash'"):
+        banded_sparse_mqa(q, kv, sink, band, scale=1.0, window=7, implementation="flash")
 
 
 def test_chunks_round_trip():

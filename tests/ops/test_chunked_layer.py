@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fathom.ops.attention import Selected, VisibleRange
 from fathom.ops.chunked_layer import attend_in_chunks
+from fathom.ops.selection import Selected, VisibleRange
 from fathom.ops.sparse_mqa import banded_sparse_mqa, sparse_mqa
 
 R, N, H, D = 6, 3, 12, 10

@@ -9,8 +9,8 @@ import pytest
 
 from fathom.layers.options import ComputeOptions
 from fathom.ops import indexer
-from fathom.ops.attention import Selected, VisibleRange, entry_mask
 from fathom.ops.indexer import approximate_topk, exact_topk, indexer_topk
+from fathom.ops.selection import Selected, VisibleRange, entry_mask
 
 B, S, E, K = 4, 16, 1024, 64
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fathom.ops import indexer_kl as module
-from fathom.ops.attention import Selected, VisibleRange
 from fathom.ops.indexer import indexer_topk
 from fathom.ops.indexer_kl import Teacher, indexer_kl
+from fathom.ops.selection import Selected, VisibleRange
 
 B, S, E, N, H, I, J, K = 2, 45, 11, 3, 16, 4, 8, 5  # noqa: E741
 SCALE = H**-0.5

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fathom.ops import sparse_mqa as module
-from fathom.ops.attention import Selected, VisibleRange
 from fathom.ops.segment_sum import add_rows, add_rows_in_order, add_rows_sorted
+from fathom.ops.selection import Selected, VisibleRange
 from fathom.ops.sparse_mqa import banded_sparse_mqa, choose_version, sparse_mqa
 
 FAST = ("masked", "gathered")

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec
 from fathom.layers.linear import Linear
 from fathom.layers.options import ComputeOptions
 from fathom.mesh import split_axes
-from fathom.ops.attention import Selected, Selection, VisibleRange
 from fathom.ops.indexer import indexer_topk
 from fathom.ops.indexer_kl import Teacher, indexer_kl
+from fathom.ops.selection import Selected, Selection, VisibleRange
 
 logger = logging.getLogger(__name__)
 

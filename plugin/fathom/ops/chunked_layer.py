@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from fathom.ops import sparse_mqa_chunks as chunks
-from fathom.ops.attention import Selection, from_chunks, to_chunks
+from fathom.ops.chunks import from_chunks, to_chunks
+from fathom.ops.selection import Selection
 from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan
 
 Tree = Any

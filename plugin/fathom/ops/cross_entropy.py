@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import to_chunks
+from fathom.ops.chunks import to_chunks
 from fathom.ops.precision import precision_of
 
 

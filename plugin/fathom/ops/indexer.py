@@ -11,8 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import VisibleRange, from_chunks, to_chunks
+from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.precision import precision_of
+from fathom.ops.selection import VisibleRange
 
 
 def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) -> jax.Array:

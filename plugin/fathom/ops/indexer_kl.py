@@ -16,9 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import MASKED, Selected, VisibleRange, from_chunks, to_chunks
+from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.indexer import indexer_scores
 from fathom.ops.precision import precision_of
+from fathom.ops.selection import MASKED, Selected, VisibleRange
 
 MAX_SCORES = 1 << 24
 """Attention scores held at a time, per row of the batch: 64 MiB in float32."""

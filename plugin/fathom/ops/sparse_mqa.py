@@ -1,9 +1,8 @@
 """Sparse attention to one shared key-value: each query attends to its listed rows, with a sink.
 
 `sparse_mqa` is the core: rows listed by number, as V3.2's latent attention selects them. `banded_sparse_mqa` is V4's
-composition: a band of recent keys and a selection of compressed entries through one softmax, the meaning of
-`ops.attention.shared_kv_attention`. All heads share keys, keys are values, and a head's sink joins the denominator
-only, unscaled (models/deepseek_v4/README.md "Attention").
+composition: a band of recent keys and a selection of compressed entries through one softmax. All heads share keys, keys
+are values, and a head's sink joins the denominator only, unscaled (models/deepseek_v4/README.md "Attention").
 
 What holds in every version:
   * A row number that is negative or past the last row is skipped. A row listed more than once counts once.
@@ -34,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fathom.ops import sparse_mqa_chunks as chunks
-from fathom.ops.attention import Selected, Selection, entry_mask
 from fathom.ops.precision import precision_of
+from fathom.ops.selection import Selected, Selection, entry_mask
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fathom.ops import sparse_mqa_gathered, sparse_mqa_masked
-from fathom.ops.attention import Selected, Selection, from_chunks, to_chunks
 from fathom.ops.attention_chunk import Part, attend, attend_backward, masked_part
+from fathom.ops.chunks import from_chunks, to_chunks
+from fathom.ops.selection import Selected, Selection
 
 VERSIONS = {"masked": sparse_mqa_masked, "gathered": sparse_mqa_gathered}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import Selected
 from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward
 from fathom.ops.segment_sum import add_rows
+from fathom.ops.selection import Selected
 
 
 def prepare(rows_BTH: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import Selection, VisibleRange
 from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward, finite_keys
+from fathom.ops.selection import Selection, VisibleRange
 
 LENGTHS = 4
 """How many lengths of range a program is compiled for."""

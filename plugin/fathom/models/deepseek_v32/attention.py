@@ -23,9 +23,9 @@ from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_f
 from fathom.mesh import constrain
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.models.deepseek_v32.mla import Latents, absorbed, latent_attention
-from fathom.ops.attention import Selection, VisibleRange
 from fathom.ops.indexer_kl import Teacher
 from fathom.ops.quantization import hadamard, simulate_fp8
+from fathom.ops.selection import Selection, VisibleRange
 
 LATENT_EPS = 1e-6
 """eps of the latents' norms and of the indexer's: the reference has it here whatever the config says elsewhere."""

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention import MASKED, Selected, Selection, entry_mask, from_chunks, to_chunks
+from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.precision import precision_of
+from fathom.ops.selection import MASKED, Selected, Selection, entry_mask
 
 logger = logging.getLogger(__name__)
 

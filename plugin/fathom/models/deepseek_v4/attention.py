@@ -23,9 +23,9 @@ from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_f
 from fathom.mesh import constrain
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.ops.attention import VisibleRange
 from fathom.ops.indexer_kl import Teacher
 from fathom.ops.quantization import hadamard, simulate_fp4, simulate_fp8
+from fathom.ops.selection import VisibleRange
 from fathom.ops.sparse_mqa import banded_sparse_mqa
 
 KV_QUANT_BLOCK = 64
