@@ -12,8 +12,8 @@ Versions:
   reference  the meaning, over all queries x keys.
   fused      for rows that are one document: all queries at once, plain softmax under a constant causal mask.
   masked     `query_chunk` queries at a time against all keys, under a mask [C, S]; recomputed in the backward.
-  gathered   `query_chunk` queries at a time, each against its own K tokens; absorbed. A range is never gathered, for
-             it has no list: rows in which everything is selected take the masked version.
+  gathered   each query against its own K tokens, by `ops.sparse_mqa`; absorbed. A range is never gathered, for it has
+             no list: rows in which everything is selected take the masked version.
 "auto" takes fused for rows of one document up to 256 tokens; beyond, gathered with the absorbed form and masked else.
 
 Letters: B batch, S queries, C queries of a chunk, T keys, K selected keys, N heads; widths: R latent, P rotary, H
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import MASKED, Selected, Selection, entry_mask
+from fathom.ops.sparse_mqa import sparse_mqa
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,9 @@ def absorbed(latents: Latents) -> tuple[jax.Array, jax.Array]:
     return query, jnp.concatenate([latents.c_BTR, latents.k_rope_BTP], axis=-1)
 
 
-# (scores, output) contractions: keys per head, shared, and each query's own.
+# (scores, output) contractions: keys per head, and shared.
 _PER_HEAD = ("bcnh,btnh->bcnt", "bcnt,btnv->bcnv")
 _SHARED = ("bcnh,bth->bcnt", "bcnt,btv->bcnv")
-_GATHERED = ("bcnh,bcth->bcnt", "bcnt,bctv->bcnv")
 
 
 def _scores(equation: str, query: jax.Array, keys: jax.Array, mask_BCT: jax.Array, scale: float) -> jax.Array:
@@ -119,12 +119,6 @@ def _fused(equations, query, keys, values, mask_BCT: jax.Array, scale: float) ->
     return contract(equations[1], jax.nn.softmax(scores, axis=-1).astype(query.dtype), values), lse
 
 
-def _gather(keys_BTH: jax.Array, indices_BCK: jax.Array) -> jax.Array:
-    """Each query's selected keys [B, C, K, H]; any key where the index is no key's."""
-    # Row by row: XLA partitions a gather over its batch dimensions only.
-    return jax.vmap(lambda keys, indices: keys.at[indices].get(mode="clip"))(keys_BTH, indices_BCK)
-
-
 def _chunked(equations, query, keys, values, selection: Selection, scale: float, chunk: int):
     """`_attend` for `chunk` queries at a time. `values` is the values, or how many of the shared keys' channels are."""
     length, dtype = keys.shape[1], query.dtype
@@ -136,11 +130,6 @@ def _chunked(equations, query, keys, values, selection: Selection, scale: float,
     def one_chunk(chunk):
         query, *selected = chunk
         selected = type(selection)(*selected)
-        if equations is _GATHERED:
-            indices = selected.indices_BSK
-            own = _gather(wide[0], indices).astype(dtype)
-            seen = (indices >= 0) & (indices < length)
-            return _attend(equations, query, own, own[..., :values], seen, scale)
         keys = wide[0].astype(dtype)
         own_values = keys[..., :values] if shared else wide[1].astype(dtype)
         return _attend(equations, query, keys, own_values, entry_mask(selected, length), scale)
@@ -230,8 +219,19 @@ def latent_attention(
         equations, (query, keys, values) = _PER_HEAD, expanded(latents)
     else:
         equations, (query, keys), values = _SHARED, absorbed(latents), rank
-    if implementation in ("masked", "gathered"):
-        equations = _GATHERED if implementation == "gathered" else equations
+    if implementation == "gathered":
+        out, lse = sparse_mqa(
+            query,
+            keys,
+            selection.indices_BSK,
+            scale=scale,
+            value_dim=rank,
+            implementation="gathered",
+            query_chunk=query_chunk,
+            return_lse=True,
+        )
+        lse = jax.lax.stop_gradient(lse)
+    elif implementation == "masked":
         chunk = min(query_chunk or QUERY_CHUNK, length)
         out, lse = _chunked(equations, query, keys, values, selection, scale, chunk)
     else:
