@@ -3,9 +3,9 @@
 
     scripts/bench/indexer.py [--queries 1024] [--keys 131072] [--top-k 2048] [--repeats 3]
 
-CPU seconds are measured; those of the comparison over the first COMPARED queries and scaled up, for it takes minutes and
-on a CPU holds queries x top-k x keys. Flops, bytes and temporary memory are the compiler's for one v5p chip, for all
-queries, which need no TPU.
+CPU seconds are measured; those of the comparison over the first COMPARED queries and scaled up, for it takes minutes
+and on a CPU holds queries x top-k x keys. Flops, bytes and temporary memory are the compiler's for one v5p chip, for
+all queries, which need no TPU.
 """
 
 from __future__ import annotations
