@@ -19,13 +19,13 @@ def everything(shape=(B, S), entries=E) -> VisibleRange:
     return VisibleRange(jnp.zeros(shape, jnp.int32), jnp.full(shape, entries, jnp.int32))
 
 
-def scores_of(kind: str) -> np.ndarray:
+def scores_of(kind: str, shape: tuple[int, int, int] = (B, S, E)) -> np.ndarray:
     rng = np.random.default_rng(0)
-    random = rng.standard_normal((B, S, E)).astype(np.float32)
+    random = rng.standard_normal(shape).astype(np.float32)
     if kind == "sorted":
         return np.sort(random, axis=-1)
     if kind == "clustered":  # the best are neighbours: eight runs of eight
-        bump = np.zeros((B, S, E // 8), np.float32)
+        bump = np.zeros((*shape[:2], shape[2] // 8), np.float32)
         np.put_along_axis(bump, rng.random(bump.shape).argsort(axis=-1)[..., :8], 10.0, axis=-1)
         return random + np.repeat(bump, 8, axis=-1)
     return np.ones_like(random) if kind == "constant" else random
@@ -33,7 +33,7 @@ def scores_of(kind: str) -> np.ndarray:
 
 def recall(scores: np.ndarray, indices: np.ndarray) -> float:
     """Mean share of the true top-k's values that were found: ties count by value."""
-    edge = np.sort(scores, axis=-1)[..., -K][..., None]
+    edge = np.sort(scores, axis=-1)[..., -indices.shape[-1]][..., None]
     return float((np.take_along_axis(scores, indices, axis=-1) >= edge).mean())
 
 
@@ -47,7 +47,8 @@ def grouped(original, axis: int):
         made = jax.eval_shape(
             lambda x: original(x, k, recall_target=recall_target, aggregate_to_topk=False)[0], scores
         )
-        number = jnp.arange(E).reshape(-1, made.shape[-1]) if axis == -2 else jnp.arange(E).reshape(made.shape[-1], -1)
+        entries, made = jnp.arange(scores.shape[-1]), made.shape[-1]
+        number = entries.reshape(-1, made) if axis == -2 else entries.reshape(made, -1)
         groups = scores.reshape(*scores.shape[:-1], *number.shape)
         best = groups.argmax(axis=axis)
         found = jnp.take_along_axis(jnp.broadcast_to(number, groups.shape), jnp.expand_dims(best, axis), axis=axis)
@@ -72,6 +73,17 @@ def test_recall(kind, target, primitive, monkeypatch):
     assert found >= target - 0.01
     if primitive == "grouped" and kind == "random" and target == 0.8:
         assert found < 1  # the groups do lose some
+
+
+@pytest.mark.parametrize("kind", ["random", "sorted", "clustered", "constant"])
+def test_recall_at_the_released_size(kind, monkeypatch):
+    """One row of 256 queries over 32,768 entries, top 512, by the grouping that a TPU does."""
+    monkeypatch.setattr(jax.lax, "approx_max_k", grouped(jax.lax.approx_max_k, axis=-2))
+    scores = scores_of(kind, (1, 256, 32768))
+    indices = np.asarray(approximate_topk(jnp.asarray(scores), everything((1, 256), 32768), 512, 0.95))
+    found = recall(scores, indices)
+    print(f"{kind}: recall {found:.4f}")
+    assert indices.shape == (1, 256, 512) and found >= 0.94
 
 
 def test_approximate_takes_all_of_what_fits_and_nothing_invisible(monkeypatch):
