@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.hub_source import zoo_name
+from checkpoints_tools.hub_source import find_family, zoo_name
 from checkpoints_tools.hub_table import (
     CONFIG_NAME,
     KIND_OF_DTYPE,
@@ -206,18 +206,12 @@ def _read_config(path: Path, report: Report) -> tuple[zoo.ModelSpec | None, Any]
         if path.is_dir():
             report.problems.append(f"{CONFIG_NAME} is missing: the model is unknown")
         return None, None
-    errors: list[str] = []
-    specs, broken = zoo.all_specs()
-    report.notes += broken
-    for spec in specs.values():
-        if spec.config_from_hf is None:
-            continue
-        try:
-            return spec, spec.config_from_hf(file)
-        except (ValueError, OSError) as error:
-            errors.append(str(error))
-    # Several sizes of a family refuse with the same words.
-    report.problems += sorted(set(errors)) or [f"no model of the zoo reads {file}"]
+    report.notes += zoo.all_specs()[1]
+    try:
+        spec = find_family(file.parent)
+        return spec, spec.config_from_hf(file)
+    except (ValueError, OSError) as error:
+        report.problems.append(str(error))
     return None, None
 
 

@@ -204,7 +204,7 @@ def test_other_models_and_missing_pieces_are_refused(tmp_path, tensors):
     with pytest.raises(ValueError, match="found a file"):
         fathom.load(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type 'llama', supported: deepseek_v4"):
+    with pytest.raises(ValueError, match="model_type 'llama', supported: deepseek_v32, deepseek_v4"):
         fathom.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: not readable"):
