@@ -244,7 +244,7 @@ CASES = [
 ]
 
 
-VERSIONS = [("reference", False), ("chunked", False), ("chunked", True)]
+VERSIONS = [("reference", False), ("masked", False), ("gathered", True)]
 
 
 def _config(kind: str, ratio: int) -> DeepseekV4Config:
