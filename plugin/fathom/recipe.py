@@ -451,10 +451,16 @@ def compare_for_resume(old: Mapping[str, Any], new: Recipe) -> list[str]:
       One text per key, sorted: "model.config.index_top_k: 16 in the checkpoint, 8 in the recipe".
     """
     new_values = flatten(new.to_dict())
+    old = json.loads(json.dumps(dict(old)))
+    if isinstance(old.get("train"), dict):
+        old["train"].setdefault("indexer_weight", 0.0)  # before there was such a loss, the indexer did not train
     try:
         old_values = flatten(Recipe.model_validate(dict(old)).to_dict())
     except ValidationError:
-        old_values = flatten(json.loads(json.dumps(dict(old))))
+        old_values = flatten(old)
+    weights = [values.get("train.indexer_weight", 0) for values in (old_values, new_values)]
+    if all(weights):  # any weight above 0 trains the same parameters
+        new_values["train.indexer_weight"] = old_values["train.indexer_weight"]
     return list(_differences(old_values, new_values))
 
 

@@ -384,7 +384,11 @@ def _weight_problems(have: Mapping[str, Any], spec: ModelSpec, rules: Any) -> It
     from fathom.mesh import abstract_mesh, state_shardings
 
     train = have.get("train")
-    mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options(train)
+    try:
+        mesh, options = abstract_mesh(have["mesh"].shape), have["model"].compute_options(train)
+    except ValueError as error:
+        yield Problem("model", str(error), "options that go together", "correct the one named")
+        return
     try:
         module = nnx.eval_shape(lambda: spec.build(spec.config, nnx.Rngs(0), options))
     except ValueError as error:

@@ -100,10 +100,6 @@ def run(kind: str, single: bool, implementation: str, form: str):
 @pytest.mark.parametrize("kind", ["visible", "selected"])
 @pytest.mark.parametrize(("implementation", "form"), VERSIONS)
 def test_every_version_has_the_meaning_and_one_gradient(implementation, form, kind, single):
-    if implementation == "fused" and not single:
-        with pytest.raises(ValueError, match="'fused' takes rows of one document"):
-            run(kind, single, implementation, form)
-        return
     out, lse, grads = run(kind, single, implementation, form)
     np.testing.assert_allclose(out, plain(kind, single), atol=2e-6, rtol=0)
     _, expected_lse, expected = run(kind, single, "reference", "expanded")
@@ -118,7 +114,7 @@ def test_the_rule_of_the_choice(caplog):
     """Read from the shapes alone: the released model turns to the absorbed form at 6,964 tokens."""
     c = DeepseekV32Config.v32()
 
-    def chosen(length: int, selected: int | None, single: bool = True) -> tuple[str, str]:
+    def chosen(length: int, selected: int | None) -> tuple[str, str]:
         heads = (1, length, c.num_heads)
         shapes = Latents(
             (*heads, c.nope_head_dim),
@@ -131,12 +127,11 @@ def test_the_rule_of_the_choice(caplog):
         values = Latents(*[jax.ShapeDtypeStruct(shape, "float32") for shape in shapes])
         indices = jax.ShapeDtypeStruct((1, length, selected or 1), "int32")
         picked = Selected(indices) if selected else VisibleRange(indices, indices)
-        return choose(values, picked, implementation="auto", form="auto", single=single)
+        return choose(values, picked, implementation="auto", form="auto")
 
     mla._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="fathom"):
         assert chosen(256, None) == ("fused", "expanded")
-        assert chosen(256, None, single=False) == ("masked", "expanded")
         assert chosen(257, None) == ("masked", "expanded")
         assert chosen(6963, 2048) == ("masked", "expanded")
         assert chosen(6964, 2048) == ("gathered", "absorbed")

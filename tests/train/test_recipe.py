@@ -497,6 +497,12 @@ def test_a_key_that_an_older_version_did_not_have_counts_as_its_default():
     del old["data"]["exclude"], old["train"]["stage"]
     assert compare_for_resume(old, recipe_with()) == []
     assert len(compare_for_resume(old, recipe_with(train__stage="dense"))) == 1
+    assert compare_for_resume(old, recipe_with(train__indexer_weight=0.5)) == []
+    assert "train.indexer_weight: 0.01 in" in compare_for_resume(old, recipe_with(train__indexer_weight=0.0))[0]
+    del old["train"]["indexer_weight"]  # from before the indexer had a loss: it did not train
+    assert "train.indexer_weight: 0.0 in" in compare_for_resume(old, recipe_with())[0]
+    assert compare_for_resume(old, recipe_with(train__indexer_weight=0.0)) == []
+    old["train"]["indexer_weight"] = 0.01
     old["data"]["colour"] = "blue"  # one that this version does not have
     assert compare_for_resume(old, recipe_with())[0].startswith("data.colour: 'blue'")
 

@@ -32,10 +32,13 @@ def test_a_stage_changes_what_it_trains_and_not_one_bit_of_the_rest(stage):
     batch = {k: jnp.asarray(v) for k, v in packed_rows([(50, 46), (90,)] * 4, 96, 264).items()}
     state = init_state(program, 0)
     before = {name: np.asarray(leaf) for name, leaf in named_leaves(state.params).items()}
+    biases = {name: np.asarray(leaf) for name, leaf in named_leaves(state.model_state).items()}
     with sharding_scope(program.mesh, program.rules):
         for _ in range(2):
             state, metrics = program.step(state, batch)
     assert ("loss/indexer" in metrics) == (stage != "dense")
+    for name, leaf in named_leaves(state.model_state).items():
+        assert np.array_equal(biases[name], np.asarray(leaf)) == (stage == "indexer-warmup"), name
     for name, leaf in named_leaves(state.params).items():
         trains = {"dense": "indexer" not in name, "indexer-warmup": "indexer" in name, "sparse": True}[stage]
         assert np.array_equal(before[name], np.asarray(leaf)) != trains, name

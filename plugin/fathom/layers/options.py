@@ -19,8 +19,10 @@ class ComputeOptions:
       dtype: activations and matrix products, "float32" or "bfloat16". Parts that the reference keeps in
         float32 stay so (see the table in models/deepseek_v4/README.md).
       param_dtype: storage of the weights; those kept in float32 stay float32.
-      attention: which version of the attention op runs; "auto" picks by the rule in ops/sparse_mqa.py.
-      query_chunk: queries per step of the attention and of the indexer; by platform and version unless given.
+      attention: which version of the attention op runs; "auto" picks by the rule in ops/sparse_mqa.py, for V3.2 in
+        models/deepseek_v32/mla.py.
+      query_chunk: queries per step of the attention and of the indexer; unless given 128 for the indexer and for
+        V3.2's masked attention, else by platform and version.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "dots" saves the results of matrix products without batch dimensions;
         "attention" saves the attention outputs and the selected indices.
@@ -64,6 +66,16 @@ class ComputeOptions:
                 )
         if self.query_chunk is not None and self.query_chunk < 1:
             raise ValueError(f"ComputeOptions.query_chunk: found {self.query_chunk}, expected >= 1")
+        if self.indexer_loss and self.stage == "dense":
+            raise ValueError(
+                "ComputeOptions.indexer_loss: the stage 'dense' leaves the indexer alone; expected stage "
+                "'indexer-warmup' or 'sparse'"
+            )
+        if (self.attention, self.mla_form) == ("gathered", "expanded"):
+            raise ValueError(
+                "ComputeOptions.mla_form: attention 'gathered' reads latents, found 'expanded'; expected 'absorbed' or "
+                "'auto'"
+            )
         recall = self.recall_target
         if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 < recall <= 1:
             raise ValueError(

@@ -96,10 +96,13 @@ def _listed_entries(
 
 
 def _sum_of_heads(scores_BCNE: jax.Array, lse_BCN: jax.Array, mask_BCE: jax.Array) -> jax.Array:
-    """sum_n exp(score - lse) [B, C, E]; a head that sees nothing (lse of -inf) adds nothing."""
-    scores = jnp.where(mask_BCE[:, :, None], scores_BCNE, MASKED)
-    lse = jnp.where(jnp.isfinite(lse_BCN), lse_BCN, -MASKED)
-    return jnp.exp(scores - lse[..., None]).sum(axis=2)
+    """sum_n exp(score - lse) [B, C, E] up to a factor per query, which the normalisation cancels: the largest term is
+    1, so that window or sink may hold all but nothing of the weight. A head without a finite lse adds nothing.
+    """
+    lse = jnp.where(jnp.isfinite(lse_BCN), lse_BCN, -MASKED)[..., None]
+    logs = jnp.where(mask_BCE[:, :, None], scores_BCNE - lse, MASKED)
+    peak = logs.max(axis=(2, 3), keepdims=True)
+    return jnp.exp(logs - jnp.where(peak > MASKED, peak, 0.0)).sum(axis=2)
 
 
 def indexer_kl(

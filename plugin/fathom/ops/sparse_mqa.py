@@ -43,9 +43,9 @@ GATHER_BEYOND = {"cpu": 4, "gpu": 8, "tpu": 8}
 """Rows per listed row beyond which gathering is faster. CPU measured; TPU where the masked version's extra products
 pass those of the gathers; GPU taken from the TPU, unmeasured (BENCHMARKS.md)."""
 
-DENSE_LENGTH = {"cpu": 64}
-"""Tokens up to which V4's composition is one dense pass, 256 where the platform is not listed. On a CPU it takes a
-third of the masked version's time at 64 tokens, about as long and more memory at 128, and longer beyond."""
+DENSE_LENGTH = {"cpu": 0}
+"""Tokens up to which V4's composition is one dense pass, 256 where the platform is not listed (unmeasured). On a CPU it
+is faster at 64 tokens only, takes more memory from 128, and longer from about 200."""
 
 QUERY_CHUNK = {("cpu", "gathered"): 4, ("cpu", "masked"): 64}
 """Queries per step where the default of 64 is not the best: on a CPU a step's gathered rows should fit in its cache."""

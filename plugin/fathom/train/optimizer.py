@@ -101,13 +101,28 @@ def make_optimizer(
     trainable, _ = split_frozen(spec, params, stage)
     if not jax.tree.leaves(trainable):
         raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
-    clip = optax.clip_by_global_norm(block.clip_norm) if block.clip_norm else optax.identity()
     return optax.chain(
-        clip,
+        _clip(spec, trainable, block.clip_norm),
         optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps),
         optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable)),
         optax.scale_by_learning_rate(make_schedule(block, steps)),
     )
+
+
+def _clip(spec: ModelSpec, trainable: nnx.State, norm: float | None) -> optax.GradientTransformation:
+    """Clipping by global norm, of the indexers by themselves: their own loss must not shorten the others' steps."""
+    if not norm:
+        return optax.identity()
+
+    def of_indexer(path, _):
+        names = path_names(path)
+        return spec.frozen(tuple(names), "dense") and not spec.frozen(tuple(names), "indexer-warmup")
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    mine = nnx.as_pure(jax.tree_util.tree_map_with_path(of_indexer, trainable, is_leaf=is_variable))
+    others = jax.tree.map(lambda flag: not flag, mine)
+    clip = optax.clip_by_global_norm(norm)
+    return optax.chain(optax.masked(clip, mine), optax.masked(clip, others))
 
 
 def init_optimizer(

@@ -168,7 +168,7 @@ def make_train_step(
         loss, aux, grads = accumulate(loss_fn, trainable, batch, train.accumulation, grad_shardings)
         new_trainable, opt_state, update_norm = _update(tx, trainable, grads, state.opt_state)
         model_state = state.model_state
-        if spec.update_state is not None:
+        if spec.update_state is not None and train.stage != "indexer-warmup":  # the routers are frozen too
             model_state = spec.update_state(model_state, aux, train.router_bias_speed)
         grad_norm = global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)

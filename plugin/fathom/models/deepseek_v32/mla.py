@@ -10,11 +10,11 @@ values: K (2R + P) < S (H + P + V), which is from 6,964 tokens on for the releas
 
 Versions:
   reference  the meaning, over all queries x keys.
-  fused      for rows that are one document: all queries at once, plain softmax under a constant causal mask.
+  fused      all queries at once; for rows that are one document a plain softmax under a constant causal mask.
   masked     `query_chunk` queries at a time against all keys, under a mask [C, S]; recomputed in the backward.
   gathered   each query against its own K tokens, by `ops.sparse_mqa`; absorbed. A range is never gathered, for it has
              no list: rows in which everything is selected take the masked version.
-"auto" takes fused for rows of one document up to 256 tokens; beyond, gathered with the absorbed form and masked else.
+"auto" takes fused up to 256 tokens; beyond, gathered with the absorbed form and masked else.
 
 Letters: B batch, S queries, C queries of a chunk, T keys, K selected keys, N heads; widths: R latent, P rotary, H
 without RoPE, V value.
@@ -143,22 +143,17 @@ def _log_choice(implementation: str, form: str, length: int, why: str) -> None:
     logger.info("latent attention: %s version, %s form for %d tokens (%s)", implementation, form, length, why)
 
 
-def choose(
-    latents: Latents, selection: Selection, *, implementation: str, form: str, single: bool
-) -> tuple[str, str]:
+def choose(latents: Latents, selection: Selection, *, implementation: str, form: str) -> tuple[str, str]:
     """(implementation, form) with "auto" replaced by the rules in this file's header.
 
     Raises:
-      ValueError: for an unknown implementation or form, for "fused" without rows of one document each, and for
-        "gathered" in the expanded form.
+      ValueError: for an unknown implementation or form, and for "gathered" in the expanded form.
     """
     length, listed = latents.c_BTR.shape[1], isinstance(selection, Selected)
     asked = f"asked for: {implementation}, {form}"
-    if implementation not in ("auto", *IMPLEMENTATIONS) or (implementation == "fused" and not single):
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
-            f"latent attention implementation {implementation!r} with rows of "
-            f"{'one document' if single else 'several documents or padding'}; expected 'auto' or one of "
-            f"{IMPLEMENTATIONS}, of which 'fused' takes rows of one document"
+            f"unknown latent attention implementation {implementation!r}; expected 'auto' or one of {IMPLEMENTATIONS}"
         )
     if form not in ("auto", *FORMS) or (implementation == "gathered" and form == "expanded"):
         raise ValueError(
@@ -166,7 +161,7 @@ def choose(
             "and not 'expanded' for 'gathered'"
         )
     if implementation == "auto":
-        if single and length <= FUSED_LENGTH:
+        if length <= FUSED_LENGTH:
             implementation = "fused"
         elif form == "absorbed" or (form == "auto" and listed and _gathering_is_cheaper(latents, selection)):
             implementation = "gathered"
@@ -213,7 +208,7 @@ def latent_attention(
     Raises:
       ValueError: see `choose`.
     """
-    implementation, form = choose(latents, selection, implementation=implementation, form=form, single=single)
+    implementation, form = choose(latents, selection, implementation=implementation, form=form)
     rank, length = latents.w_v_RNV.shape[0], latents.c_BTR.shape[1]
     if form == "expanded":
         equations, (query, keys, values) = _PER_HEAD, expanded(latents)
@@ -235,11 +230,12 @@ def latent_attention(
         chunk = min(query_chunk or QUERY_CHUNK, length)
         out, lse = _chunked(equations, query, keys, values, selection, scale, chunk)
     else:
-        if implementation == "fused" and not isinstance(selection, Selected):
+        plain = implementation == "fused" and single and not isinstance(selection, Selected)
+        if plain:
             mask = jnp.tril(jnp.ones((1, length, length), bool))
         else:
             mask = entry_mask(selection, length)
-        attend = _fused if implementation == "fused" else _attend
+        attend = _fused if plain else _attend
         values = keys[..., :rank] if form == "absorbed" else values
         out, lse = attend(equations, query, keys, values, mask, scale)
     return (contract("bsnr,rnv->bsnv", out, latents.w_v_RNV) if form == "absorbed" else out), lse
