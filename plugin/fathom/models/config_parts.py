@@ -33,7 +33,8 @@ def check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """YaRN, which stretches RoPE in the compressed layers only (no attention factor: it is 1).
+    """YaRN, which stretches RoPE to a longer context. V4 has it in the layers that compress, without a factor on the
+    attention; V3.2 everywhere, with one (its config's `MscaleYarn`).
 
     Attributes:
       factor: context length over the original one.

@@ -3,7 +3,7 @@
 p[s, e] = sum_n exp(scale q[s, n] . k[e] - lse[s, n]), over the entries in question, then L1-normalised. lse is that of
 the whole softmax of the attention (window, entries and sink), so a head that looks elsewhere counts for less. The
 entries in question are all visible ones (dense warm-up) or the selected ones (sparse stage). p is a constant: gradients
-reach the indexer's queries, keys and weights only (V3.2 report 2.1.1; for V4 models/deepseek_v4/README.md "Indexer").
+reach the indexer's queries, keys and weights only (V3.2 report 2.1.1; models/deepseek_v4/README.md "Indexer").
 
 Letters: B batch, S queries, C queries of a chunk, E entries, N attention heads, H their width, I index heads, J their
 width, K selected entries.
