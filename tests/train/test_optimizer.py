@@ -177,6 +177,20 @@ def test_frozen_parameters_have_no_moments_and_no_update(toy):
     assert [name for name in named_leaves(trained.opt_state) if "temperature" in name]
 
 
+def test_the_indexers_gradients_shorten_nobody_elses_step():
+    """Clipping is by global norm, of the indexers and of all else apart."""
+    spec = zoo.get("deepseek-v4-tiny")
+    params = nnx.State(
+        {"attn": {"wkv": nnx.Param(jnp.ones(4)), "indexer": {"wq_b": nnx.Param(jnp.ones(4))}}}
+    )
+    clip = optimizer._clip(spec, params, 1.0)
+    grads = nnx.as_pure(jax.tree.map(lambda x: 0.4 * x, params))  # a norm of 0.8 each
+    loud = {"attn": {"wkv": grads["attn"]["wkv"], "indexer": {"wq_b": 100 * grads["attn"]["indexer"]["wq_b"]}}}
+    clipped, _ = clip.update(type(grads)(loud), clip.init(grads))
+    np.testing.assert_array_equal(clipped["attn"]["wkv"], grads["attn"]["wkv"])
+    np.testing.assert_allclose(np.linalg.norm(clipped["attn"]["indexer"]["wq_b"]), 1.0, rtol=1e-6)
+
+
 def test_a_stage_that_freezes_everything_is_refused(toy, monkeypatch):
     frozen = dataclasses.replace(TOY, frozen=lambda path, stage: True)
     monkeypatch.setitem(zoo._registered, "toy-lm", frozen)
