@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=${FATHOM_VENV:-.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/compilation-cache}
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # where the recipe simulates its eight devices
 
 stop() {
     echo "quickstart: $*" >&2
