@@ -54,17 +54,21 @@ def compiled(model: str, batch: int, length: int, general: bool):
     graphdef, state = nnx.split(layer)
     x = jax.random.normal(jax.random.key(1), (batch, length, config.hidden_size))
 
-    def loss(state, x):
+    # As the train step gives them: a program for rows that may be packed, here with one document each.
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    segment_ids = jnp.ones_like(positions)
+
+    def loss(state, x, positions, segment_ids):
         tokens = jnp.zeros(x.shape[:2], jnp.int32)
-        inputs = module.make_layer_inputs(config, tokens, make_documents(tokens, None, None))
+        inputs = module.make_layer_inputs(config, tokens, make_documents(tokens, positions, segment_ids))
         out = nnx.merge(graphdef, state)(x, inputs)
         return jnp.square(out[0] if isinstance(out, tuple) else out).sum()
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    step, arguments = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), (state, x, positions, segment_ids)
     if not general:
-        return step.lower(state, x).compile(), (state, x)
+        return step.lower(*arguments).compile(), arguments
     with mock.patch.object(BaseIndexer, "__call__", always_select):
-        return step.lower(state, x).compile(), (state, x)
+        return step.lower(*arguments).compile(), arguments
 
 
 def measure(programs, repeats: int) -> list[float]:
