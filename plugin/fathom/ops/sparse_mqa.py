@@ -16,10 +16,9 @@ Versions behind one signature:
   reference  the meaning, over all queries x rows, differentiated by JAX.
   masked     a chunk of queries against the rows from the first to the last that any of them sees, under a mask.
   gathered   each query's own rows, gathered; the cost does not grow with the number of rows.
-"auto" gathers where there are more than `GATHER_BEYOND` times as many rows as each query lists, and takes the
-reference, one pass over all keys, for a band over at most `DENSE_LENGTH` tokens. Neither fast version holds anything
-of size queries x rows or queries x listed x channels of the whole sequence, and the backward keeps nothing but the
-arguments.
+"auto" gathers where there are more than `GATHER_BEYOND` times as many rows as each query lists. Neither fast version
+holds anything of size queries x rows or queries x listed x channels of the whole sequence, and the backward keeps
+nothing but the arguments.
 
 Letters: B batch, S queries, T rows, E entries, N heads, H key channels, V value channels, K rows listed per query.
 """
@@ -43,10 +42,6 @@ GATHER_BEYOND = {"cpu": 4, "gpu": 8, "tpu": 8}
 """Rows per listed row beyond which gathering is faster. CPU measured; TPU where the masked version's extra products
 pass those of the gathers; GPU taken from the TPU, unmeasured (BENCHMARKS.md)."""
 
-DENSE_LENGTH = {"cpu": 0}
-"""Tokens up to which V4's composition is one dense pass, 256 where the platform is not listed (unmeasured). On a CPU it
-is faster at 64 tokens only, takes more memory from 128, and longer from about 200."""
-
 QUERY_CHUNK = {("cpu", "gathered"): 4, ("cpu", "masked"): 64}
 """Queries per step where the default of 64 is not the best: on a CPU a step's gathered rows should fit in its cache."""
 
@@ -62,11 +57,6 @@ def program_platform() -> str:
 def _log_choice(version: str, rows: int, listed: int | None, platform: str) -> None:
     per_query = "a range" if listed is None else f"{listed} listed"
     logger.info("sparse attention: %s version for %d rows, %s per query, on %s", version, rows, per_query, platform)
-
-
-@functools.cache
-def _log_dense(length: int) -> None:
-    logger.info("sparse attention: one dense pass for %d tokens", length)
 
 
 def choose_version(implementation: str, num_rows: int, selection: Selection) -> str:
@@ -270,9 +260,6 @@ def banded_sparse_mqa(
         _check(q_BSNH, entries_BEH, "entries", sink_N, kv_BSH.shape[-1], selection)
     length, value_dim = q_BSNH.shape[1], kv_BSH.shape[-1]
     band_BS = clip_band(band_BS, window)
-    if implementation == "auto" and length <= DENSE_LENGTH.get(program_platform(), 256):
-        implementation = "reference"
-        _log_dense(length)
     if implementation == "reference":
         distance = jnp.arange(length)[:, None] - jnp.arange(length)
         keys, seen = kv_BSH, (distance >= 0) & (distance < band_BS[..., None])
