@@ -5,6 +5,7 @@ Letters: B batch, S sequence, D hidden, n streams, V vocab, E experts.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,6 +203,7 @@ class Decoder(nnx.Module):
 
         return jax.lax.scan(step, x, state)
 
+    @abc.abstractmethod
     def features(
         self,
         tokens: jax.Array,
@@ -211,7 +213,6 @@ class Decoder(nnx.Module):
         return_streams: bool = False,
     ) -> Features:
         """Runs everything but the heads; arguments as in `__call__`."""
-        raise NotImplementedError
 
     def __call__(
         self,

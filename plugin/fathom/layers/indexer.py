@@ -8,6 +8,7 @@ Letters: B batch, S queries, E entries, D hidden, R low rank of the query, N ind
 
 from __future__ import annotations
 
+import abc
 import functools
 import logging
 from collections.abc import Callable
@@ -100,21 +101,21 @@ class BaseIndexer(nnx.Module):
             rngs, (hidden_size, num_heads), ("embed", "index_heads"), stddev=stddev, dtype=weights_dtype or dtype
         )
 
+    @abc.abstractmethod
     def visible(self, inputs: Any) -> tuple[VisibleRange, int]:
         """The range of entries that each query sees, and how many entries a row has."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rotate_queries(self, q_BSNH: jax.Array, inputs: Any) -> jax.Array:
         """RoPE on the queries."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def keys(self, x_BSD: jax.Array, inputs: Any) -> jax.Array:
         """Rotated keys [B, E, H]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def simulate(self, x: jax.Array) -> jax.Array:
         """The released code's rounding of queries and keys, over the last dimension."""
-        raise NotImplementedError
 
     def head_weights(self, x_BSD: jax.Array) -> jax.Array:
         """float32 [B, S, N], not yet scaled."""
