@@ -97,6 +97,7 @@ class ModelBlock(Block):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal[ATTENTION_IMPLEMENTATIONS] = "auto"
     query_chunk: int | None = Field(None, ge=1)
+    stretch: int | None = Field(None, ge=1)
     remat: Literal[REMAT_POLICIES] = "none"
     simulate_quant: bool = False
     selection: Literal[SELECTIONS] = "exact"
@@ -407,6 +408,7 @@ SAFE_TO_CHANGE = (
     "model.init",
     "model.attention",
     "model.query_chunk",
+    "model.stretch",
     "model.remat",
     "model.mla_form",
     "data.path",

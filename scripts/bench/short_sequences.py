@@ -32,10 +32,10 @@ from fathom.models.deepseek_v32 import attention as v32
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 
 
-def always_select(self, x, qr, inputs) -> Choice:
+def always_select(self, x, qr, inputs, place) -> Choice:
     """In the place of `BaseIndexer.__call__`: no shortcut."""
     x, qr = jax.lax.stop_gradient((x, qr))
-    return Choice(self.select(self.project(x, qr, inputs), self.visible(inputs)[0]), None)
+    return Choice(self.select(x, qr, self.keys(x, inputs, place), inputs, place.stretch), None)
 
 
 def make_layer(model: str, options: ComputeOptions):

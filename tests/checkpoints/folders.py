@@ -10,15 +10,18 @@ from checkpoints_tools.safetensors_io import NUMPY_DTYPES, SafetensorsCheckpoint
 from checkpoints_tools.safetensors_writer import write_folder
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors
+from fathom.models.deepseek_v32.config import DeepseekV32Config
+from fathom.models.deepseek_v32.hf_mapping import hub_tensors as v32_hub_tensors
 
 GOLDEN = Path(__file__).parents[1] / "data" / "v4_tiny"
 
 
-def random_tensors(config: DeepseekV4Config, seed: int = 0) -> dict[str, np.ndarray]:
+def random_tensors(config: DeepseekV4Config | DeepseekV32Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Native name -> float32 (or int64) array of every weight of a model."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for tensor in hub_tensors(config):
+    table = v32_hub_tensors if isinstance(config, DeepseekV32Config) else hub_tensors
+    for tensor in table(config):
         if tensor.storage == "i64":
             tensors[tensor.name] = rng.integers(0, tensor.limit, tensor.shape)
         else:

@@ -17,7 +17,7 @@ from fathom.layers.options import ComputeOptions
 from fathom.models.deepseek_v32 import mla
 from fathom.models.deepseek_v32.attention import Attention, Indexer, make_layer_inputs, visible_tokens
 from fathom.models.deepseek_v32.config import DeepseekV32Config
-from fathom.models.deepseek_v32.mla import Latents, choose, latent_attention
+from fathom.models.deepseek_v32.mla import Latents, Sizes, choose, latent_attention
 from fathom.ops.selection import Selected, VisibleRange
 from tests.models.small import FAST_COMPILE, fill, packed_rows
 
@@ -115,19 +115,10 @@ def test_the_rule_of_the_choice(caplog):
     c = DeepseekV32Config.v32()
 
     def chosen(length: int, selected: int | None) -> tuple[str, str]:
-        heads = (1, length, c.num_heads)
-        shapes = Latents(
-            (*heads, c.nope_head_dim),
-            (*heads, c.rope_head_dim),
-            (1, length, c.kv_lora_rank),
-            (1, length, c.rope_head_dim),
-            (c.kv_lora_rank, c.num_heads, c.nope_head_dim),
-            (c.kv_lora_rank, c.num_heads, c.value_head_dim),
-        )
-        values = Latents(*[jax.ShapeDtypeStruct(shape, "float32") for shape in shapes])
+        sizes = Sizes(length, c.kv_lora_rank, c.rope_head_dim, c.nope_head_dim, c.value_head_dim)
         indices = jax.ShapeDtypeStruct((1, length, selected or 1), "int32")
         picked = Selected(indices) if selected else VisibleRange(indices, indices)
-        return choose(values, picked, implementation="auto", form="auto")
+        return choose(sizes, picked, implementation="auto", form="auto")
 
     mla._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="fathom"):
@@ -174,13 +165,13 @@ def test_nothing_is_scored_where_everything_is_selected(length, monkeypatch, cap
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def general(x):
         module, inputs = layer(attention="gathered", query_chunk=16), inputs_of(x)
-        qr, latents = module.project(x, inputs)
-        listed = module.indexer.select(module.indexer.project(x, qr, inputs), inputs.visible)
-        return module.wo.contract("bsnv,nvd->bsd", module.attend(latents, listed, inputs)[0]), listed
+        made, indexer = module.project(x, inputs), module.indexer
+        listed = indexer.select(x, made.qr_BSR, indexer.keys(x, inputs), inputs)
+        return module.attend(made, listed, inputs)[0], listed
 
     expected, listed = general(x)
     np.testing.assert_array_equal((listed.indices_BSK >= 0).sum(axis=-1)[0], np.arange(1, length + 1))
-    monkeypatch.setattr(Indexer, "project", None)  # calling it would raise
+    monkeypatch.setattr(Indexer, "queries", None)  # calling it would raise
     indexer._log_skip.cache_clear()
     with caplog.at_level(logging.INFO, logger="fathom"):
         out = output(x)

@@ -206,6 +206,7 @@ FLASH_SPELLINGS = {
     "first revision": without(FLASH, "expert_dtype"),
     "expert dtype inside": without(FLASH, "expert_dtype")
     | {"quantization_config": {"quant_method": "fp8", "expert_dtype": "fp4"}},
+    "betas left out": FLASH | {"rope_scaling": without(FLASH["rope_scaling"], "beta_fast", "beta_slow")},
     "no trailing entry": FLASH | {"compress_ratios": FLASH["compress_ratios"][:43]},
     "rope_type": FLASH
     | {"rope_scaling": without(FLASH["rope_scaling"], "type") | {"rope_type": "yarn"}},
@@ -260,8 +261,10 @@ def test_reads_files_and_folders(tmp_path):
         ('{"vocab_size": 1, "vocab_size": 2}', "given twice: vocab_size"),
         ('{"hc_eps": NaN}', "NaN"),
         ("[" * 100000, "not readable"),
+        (json.dumps(FLASH | {"zz": 1}), "unknown keys: zz"),
+        (json.dumps(FLASH | {"hc_eps": 0}), "hc_eps: found 0"),
     ],
-    ids=["list", "cut off", "doubled key", "nan", "nested"],
+    ids=["list", "cut off", "doubled key", "nan", "nested", "unknown key", "out of range"],
 )
 def test_damaged_files_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
@@ -289,6 +292,7 @@ def nested(**changes) -> dict:
         (FLASH | {"attention_bias": True}, ["attention_bias"]),
         (FLASH | {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
         (FLASH | {"norm_topk_prob": False}, ["norm_topk_prob"]),
+        (FLASH | {"norm_topk_prob": 1}, ["norm_topk_prob: found 1, supported True only"]),
         (FLASH | {"num_key_value_heads": 8}, ["num_key_value_heads: found 8"]),
         (FLASH | {"model_type": "deepseek_v41"}, ["deepseek_v41"]),
         (FLASH | {"num_hidden_layers": 45}, ["44 entries", "45"]),
@@ -300,6 +304,7 @@ def nested(**changes) -> dict:
         (FLASH | {"rope_scaling": FLASH["rope_scaling"] | {"mscale": 1.0}}, ["mscale"]),
         (FLASH | {"rope_scaling": {"type": "linear", "factor": 2}}, ["'linear'"]),
         (FLASH | {"rope_scaling": {"factor": 16}}, ["without type 'yarn'"]),
+        (FLASH | {"rope_scaling": 16}, ["rope_scaling: found 16, expected an object or null"]),
         (FLASH | {"expert_dtype": "int4"}, ["expert_dtype: found 'int4'"]),
         (FLASH | {"dspark_block_size": 5}, ["dspark_markov_rank"]),
         (nested(attention_factor=None, mscale=2), ["mscale"]),
@@ -405,6 +410,7 @@ def configs(draw) -> DeepseekV4Config:
 @given(configs())
 def test_hub_round_trip_of_any_schedule(config):
     through_json = json.loads(json.dumps(config.to_hf_config()))
+    assert through_json == config.to_hf_config()
     assert DeepseekV4Config.from_hf_config(through_json) == config
 
 

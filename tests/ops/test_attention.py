@@ -45,7 +45,7 @@ def by_hand(q, kv, sink, band, compressed, mask, scale):
     return out
 
 
-@pytest.mark.parametrize("implementation", ["reference", "masked"])
+@pytest.mark.parametrize("implementation", ["reference", "masked", "auto"])
 @pytest.mark.parametrize("kind", ["range", "selected", "none"])
 def test_against_a_loop_over_queries(implementation, kind):
     length, entries, window = 37, 9, 7
@@ -69,7 +69,7 @@ def test_against_a_loop_over_queries(implementation, kind):
 
 @pytest.mark.parametrize("window", [1, 5, 8, 9, 20])
 @pytest.mark.parametrize("length", [1, 8, 30])
-def test_chunked_equals_reference_with_gradients(window, length):
+def test_fast_versions_equal_the_reference_with_gradients(window, length):
     q, kv, sink, band, compressed = inputs(1, length, 6, window=window)
     selection = Selected(jax.random.randint(jax.random.key(2), (2, length, 3), -1, 6))
 
@@ -84,13 +84,13 @@ def test_chunked_equals_reference_with_gradients(window, length):
         jax.value_and_grad(
             lambda *a, i=i: loss(i, *a), argnums=(0, 1, 2, 3), has_aux=True
         )(q, kv, sink, compressed)
-        for i in ("reference", "masked")
+        for i in ("reference", "masked", "auto")
     ]
     (_, out), grads = results[0]
-    (_, out_chunked), grads_chunked = results[1]
-    np.testing.assert_allclose(out, out_chunked, atol=1e-6)
-    for a, b in zip(grads, grads_chunked, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    for (_, fast), fast_grads in results[1:]:
+        np.testing.assert_allclose(out, fast, atol=1e-6)
+        for a, b in zip(grads, fast_grads, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_entry_masks_read_as_pictures():

@@ -70,7 +70,7 @@ def whole_and_chunked(kind, implementation, *, length, layer_chunk, query_chunk,
             queries, project, params, inputs, None if none else kv, sink, None if none else band,
             entries if selection else None, selection, window=0 if none else window, value_dim=9 if none else None,
             layer_chunk=layer_chunk, implementation=implementation, **common,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     def run(layer):
         def loss(params, qr, kv, sink, entries):
@@ -109,7 +109,7 @@ def test_gradients_of_bfloat16_weights_are_summed_in_float32():
 
     def gradients(layer_chunk):
         def loss(params):
-            y = attend_in_chunks(
+            y, _ = attend_in_chunks(
                 queries, project, params, inputs, jnp.abs(kv), sink, jnp.full((1, 512), 7),
                 scale=0.1, window=7, layer_chunk=layer_chunk, query_chunk=8,
             )  # fmt: skip

@@ -41,6 +41,11 @@ MESHES = {
     "data 2 fsdp 4": {"data": 2, "fsdp": 4},
     "fsdp 2 expert 4": {"fsdp": 2, "expert": 4},
     "fsdp 4 tensor 2": {"fsdp": 4, "tensor": 2},
+    # 11 tokens on each device: fewer than a window, or than HCA's 16 to an entry, so that neighbours do not suffice.
+    "context 8": {"context": 8},
+    "data 2 context 4": {"data": 2, "context": 4},
+    "fsdp 2 expert 2 context 2": {"fsdp": 2, "expert": 2, "context": 2},
+    "tensor 2 context 4": {"tensor": 2, "context": 4},
 }
 ROUTERS = ("hash", "learned") * 2
 CONFIG = small_config(("csa", "hca") * 2, router_kinds=ROUTERS)

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from fathom.layers.linear import Linear
 from fathom.layers.options import ComputeOptions
-from fathom.mesh import split_axes
+from fathom.layers.shards import START, Place
+from fathom.ops.chunks import map_chunks
 from fathom.ops.indexer import indexer_topk
 from fathom.ops.indexer_kl import Teacher, indexer_kl
 from fathom.ops.selection import Selected, Selection, VisibleRange
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_CHUNK = 128
 """Queries scored at a time where the options do not say."""
-QUERIES, KEYS = "per query", "per key"
+Tables = tuple[jax.Array, jax.Array]
 
 
 class IndexProjections(NamedTuple):
@@ -48,10 +48,32 @@ class IndexProjections(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What an indexer gives: which entries each query attends to, and what its own loss needs, where it has one."""
+    """What an indexer gives.
+
+    Attributes:
+      selection: which entries each query attends to. k_BEH: the keys it scored, where it has a loss of its own.
+    """
 
     selection: Selection
-    projections: IndexProjections | None
+    k_BEH: jax.Array | None
+
+
+NO_CHOICE = Choice(None, None)
+
+
+class TeacherParts(NamedTuple):
+    """The attention that an indexer learns from, its queries not yet made, for they are wide.
+
+    Attributes:
+      make_queries: from a stretch of `inputs` to queries [B, C, N, H]. inputs: a tree of arrays [B, S, ...].
+      keys_BEH: the entries. lse_BSN: float32 log of the whole denominator. scale: multiplies q . k.
+    """
+
+    make_queries: Callable[[Any], jax.Array]
+    inputs: Any
+    keys_BEH: jax.Array
+    lse_BSN: jax.Array
+    scale: float
 
 
 @functools.cache
@@ -71,8 +93,8 @@ def _log_selection(entries: int, top_k: int, selection: str, recall_target: floa
 class BaseIndexer(nnx.Module):
     """Scores entries and selects the top_k per query.
 
-    A subclass makes what its keys need after `super().__init__`, and defines `visible`, `rotate_queries` and `keys`;
-    `simulate` where the released code rounds queries and keys, `head_weights` where the weights' product is special.
+    A subclass makes what its keys need after `super().__init__`, and defines `visible`, `tables`, `rotate`, `keys` and
+    `simulate`; `head_weights` where the weights' product is special.
 
     Attributes:
       wq_b: [R, N, H]. weights_proj: [D, N].
@@ -106,12 +128,16 @@ class BaseIndexer(nnx.Module):
         """The range of entries that each query sees, and how many entries a row has."""
 
     @abc.abstractmethod
-    def rotate_queries(self, q_BSNH: jax.Array, inputs: Any) -> jax.Array:
-        """RoPE on the queries."""
+    def tables(self, inputs: Any) -> Tables:
+        """(cos, sin) of the queries, [B, S, half of the rotary channels]."""
 
     @abc.abstractmethod
-    def keys(self, x_BSD: jax.Array, inputs: Any) -> jax.Array:
-        """Rotated keys [B, E, H]."""
+    def rotate(self, x: jax.Array, tables: Tables) -> jax.Array:
+        """RoPE on queries or keys [..., H]; the tables broadcast."""
+
+    @abc.abstractmethod
+    def keys(self, x_BSD: jax.Array, inputs: Any, place: Place) -> jax.Array:
+        """Rotated keys [B, E, H] of the whole row."""
 
     @abc.abstractmethod
     def simulate(self, x: jax.Array) -> jax.Array:
@@ -121,29 +147,46 @@ class BaseIndexer(nnx.Module):
         """float32 [B, S, N], not yet scaled."""
         return self.weights_proj.contract("bsd,dn->bsn", x_BSD, jnp.float32)
 
-    def project(self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any) -> IndexProjections:
-        """Queries, keys and weights; gradients reach the arguments, a caller detaches them first."""
-        q = self.rotate_queries(self.wq_b.contract("bsr,rnh->bsnh", qr_BSR), inputs)
-        k = self.keys(x_BSD, inputs)
-        if self.options.simulate_quant:
-            q, k = self.simulate(q), self.simulate(k)
-        return IndexProjections(q, k, self.head_weights(x_BSD) * self.weight_scale)
+    def queries(self, x_BSD: jax.Array, qr_BSR: jax.Array, tables: Tables) -> tuple[jax.Array, jax.Array]:
+        """Rotated queries [B, S, N, H], and float32 head weights [B, S, N], scaled."""
+        cos, sin = tables
+        q = self.rotate(self.wq_b.contract("bsr,rnh->bsnh", qr_BSR), (cos[:, :, None], sin[:, :, None]))
+        q = self.simulate(q) if self.options.simulate_quant else q
+        return q, self.head_weights(x_BSD) * self.weight_scale
 
-    def select(self, projections: IndexProjections, visible: VisibleRange) -> Selected:
-        """The top_k entries of each query, each device for its own queries."""
+    def project(self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any, place: Place = START) -> IndexProjections:
+        """All that the scores are made of; gradients reach the arguments, a caller detaches them first."""
+        q, weights = self.queries(x_BSD, qr_BSR, self.tables(inputs))
+        return IndexProjections(q, self._keys(x_BSD, inputs, place), weights)
+
+    def _keys(self, x_BSD: jax.Array, inputs: Any, place: Place) -> jax.Array:
+        k = self.keys(x_BSD, inputs, place)
+        return self.simulate(k) if self.options.simulate_quant else k
+
+    def select(
+        self, x_BSD: jax.Array, qr_BSR: jax.Array, k_BEH: jax.Array, inputs: Any, stretch: int | None = None
+    ) -> Selected:
+        """The top_k entries of each query, the queries made a stretch at a time."""
         options = self.options
-        select = functools.partial(
-            indexer_topk,
-            top_k=self.top_k,
-            query_chunk=options.query_chunk or INDEX_CHUNK,
-            selection=options.selection,
-            recall_target=options.recall_target,
-        )
-        # XLA would gather the scores of the whole batch on every device: it does not partition top_k.
-        select = _per_device(select, (QUERIES, KEYS, QUERIES, VisibleRange(QUERIES, QUERIES)))
-        return Selected(checkpoint_name(select(*projections, visible), "selected_entries"))
 
-    def __call__(self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any) -> Choice:
+        def of_stretch(parts):
+            x, qr, tables, visible = parts
+            q, weights = self.queries(x, qr, tables)
+            return indexer_topk(
+                q,
+                k_BEH,
+                weights,
+                visible,
+                self.top_k,
+                query_chunk=options.query_chunk or INDEX_CHUNK,
+                selection=options.selection,
+                recall_target=options.recall_target,
+            )
+
+        parts = jax.lax.stop_gradient((x_BSD, qr_BSR, self.tables(inputs), self.visible(inputs)[0]))
+        return Selected(checkpoint_name(map_chunks(of_stretch, parts, stretch), "selected_entries"))
+
+    def __call__(self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any, place: Place = START) -> Choice:
         """Which entries each query attends to: without selecting when a row has no more entries than top_k, without
         scoring when it does not train either."""
         visible, num_entries = self.visible(inputs)
@@ -157,39 +200,36 @@ class BaseIndexer(nnx.Module):
             _log_selection(num_entries, self.top_k, self.options.selection, self.options.recall_target)
         # Selection is discrete, and the indexer's own loss stops here: nothing before it learns from it.
         x_BSD, qr_BSR = jax.lax.stop_gradient((x_BSD, qr_BSR))
-        projections = self.project(x_BSD, qr_BSR, inputs)
-        selection = visible if everything else self.select(projections, visible)
-        return Choice(selection, projections if self.options.indexer_loss else None)
+        k = self._keys(x_BSD, inputs, place.detached())
+        selection = visible if everything else self.select(x_BSD, qr_BSR, k, inputs, place.stretch)
+        return Choice(selection, k if self.options.indexer_loss else None)
 
+    def loss(
+        self,
+        choice: Choice,
+        x_BSD: jax.Array,
+        qr_BSR: jax.Array,
+        inputs: Any,
+        teacher: TeacherParts,
+        place: Place = START,
+    ) -> jax.Array:
+        """The loss that trains the indexer, summed over the device's queries: float32 scalar; 0 without training.
 
-def indexer_loss(choice: Choice, teacher: Teacher, query_chunk: int | None = None) -> jax.Array:
-    """The loss that trains an indexer, summed over the queries: float32 scalar; 0 where a choice has no projections.
+        Args:
+          choice: what the indexer gave. x_BSD, qr_BSR, inputs, place: what it was given.
+          teacher: the attention over its selection; a constant (see `indexer_kl`).
+        """
+        if choice.k_BEH is None or choice.selection is None:
+            return jnp.zeros((), jnp.float32)
 
-    Args:
-      choice: what the indexer gave. teacher: the attention over its selection; a constant (see `indexer_kl`).
-    """
-    if choice.projections is None or choice.selection is None:
-        return jnp.zeros((), jnp.float32)
-    scale = teacher.scale
+        def of_stretch(parts):
+            x, qr, tables, lse, selection, teacher_inputs = parts
+            q, weights = self.queries(x, qr, tables)
+            attention = Teacher(
+                teacher.make_queries(teacher_inputs), teacher.keys_BEH, lse, teacher.scale, place.shard.heads
+            )
+            chunk = self.options.query_chunk or INDEX_CHUNK
+            return indexer_kl(q, choice.k_BEH, weights, attention, selection, query_chunk=chunk)
 
-    def rows(q, k, weights, teacher_q, keys, lse, selection):
-        teacher = Teacher(teacher_q, keys, lse, scale)
-        return indexer_kl(q, k, weights, teacher, selection, query_chunk=query_chunk or INDEX_CHUNK)
-
-    selection = type(choice.selection)(*(QUERIES for _ in choice.selection))
-    rows = _per_device(rows, (QUERIES, KEYS, QUERIES, QUERIES, KEYS, QUERIES, selection))
-    arrays = jax.lax.stop_gradient((teacher.q_BSNH, teacher.keys_BEH, teacher.lse_BSN))
-    return rows(*choice.projections, *arrays, choice.selection).sum()
-
-
-def _per_device(function: Callable, in_kinds: tuple) -> Callable:
-    """`function` of arrays that are per query [B, S, ...] or per key [B, E, ...], each device for its own queries."""
-    batch, sequence = split_axes("act_batch"), split_axes("act_sequence")
-    if not batch + sequence:
-        return function
-    specs = {
-        QUERIES: PartitionSpec(batch or None, sequence or None),
-        KEYS: PartitionSpec(batch or None),
-    }
-    in_specs = jax.tree.map(lambda kind: specs[kind], in_kinds)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=specs[QUERIES])
+        constants = x_BSD, qr_BSR, self.tables(inputs), teacher.lse_BSN, choice.selection, teacher.inputs
+        return map_chunks(of_stretch, jax.lax.stop_gradient(constants), place.stretch).sum()

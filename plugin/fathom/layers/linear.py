@@ -12,6 +12,14 @@ from fathom.layers.param import normal, param
 from fathom.ops.precision import precision_of
 
 
+def contract(equation: str, x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`einsum(equation, x, weight)` in x's dtype, accumulated in float32, in `out_dtype` or x's."""
+    out = jnp.einsum(
+        equation, x, weight.astype(x.dtype), precision=precision_of(x), preferred_element_type=jnp.float32
+    )
+    return out.astype(out_dtype or x.dtype)
+
+
 class Linear(nnx.Module):
     """A bias-free linear map whose kernel may have more than two dimensions.
 
@@ -40,11 +48,4 @@ class Linear(nnx.Module):
           x: the input; the kernel is cast to its dtype.
           out_dtype: dtype of the result, x's unless given. float32 keeps the accumulator unrounded.
         """
-        out = jnp.einsum(
-            equation,
-            x,
-            self.weight[...].astype(x.dtype),
-            precision=precision_of(x),
-            preferred_element_type=jnp.float32,
-        )
-        return out.astype(out_dtype or x.dtype)
+        return contract(equation, x, self.weight[...], out_dtype)

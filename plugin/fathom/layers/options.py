@@ -23,6 +23,8 @@ class ComputeOptions:
         models/deepseek_v32/mla.py.
       query_chunk: queries per step of the attention and of the indexer; unless given 128 for the indexer and for
         V3.2's masked attention, else by platform and version.
+      stretch: tokens whose queries, projections and other wide results of an attention sublayer are held at a time,
+        on each device; unless given as many as ops/chunked_layer.py says. Shorter sequences are worked through whole.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "dots" saves the results of matrix products without batch dimensions;
         "attention" saves the attention outputs and the selected indices.
@@ -42,6 +44,7 @@ class ComputeOptions:
     param_dtype: str = "float32"
     attention: str = "auto"
     query_chunk: int | None = None
+    stretch: int | None = None
     remat: str = "none"
     simulate_quant: bool = False
     stage: str = "sparse"
@@ -64,8 +67,9 @@ class ComputeOptions:
                 raise ValueError(
                     f"ComputeOptions.{name}: found {getattr(self, name)!r}, expected one of {allowed}"
                 )
-        if self.query_chunk is not None and self.query_chunk < 1:
-            raise ValueError(f"ComputeOptions.query_chunk: found {self.query_chunk}, expected >= 1")
+        for name in ("query_chunk", "stretch"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"ComputeOptions.{name}: found {value}, expected >= 1")
         if self.indexer_loss and self.stage == "dense":
             raise ValueError(
                 "ComputeOptions.indexer_loss: the stage 'dense' leaves the indexer alone; expected stage "

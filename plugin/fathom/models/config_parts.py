@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_INT = 2**31 - 1
+# Bounds far above any released model, so that a damaged or hostile config is refused here and not
+# by the machine's memory.
+MAX_LAYERS = 4096
+MAX_LAYERS_TIMES_EXPERTS = 2**20
 
 
 def check_int(name: str, value: Any, low: int) -> None:
@@ -31,6 +36,54 @@ def check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
         raise ValueError(f"{name} {value} is more than {limit_name} {limit}")
 
 
+def set_reals(config: Any, names: Iterable[str], prefix: str = "") -> None:
+    """Makes floats of finite numbers above 0; ValueError names a field that is none."""
+    for name in names:
+        check_real(prefix + name, getattr(config, name), above=0)
+        object.__setattr__(config, name, float(getattr(config, name)))
+
+
+def set_tuples(config: Any, names: Iterable[str]) -> None:
+    """Makes tuples of lists, as a recipe's override gives them."""
+    for name in names:
+        if isinstance(getattr(config, name), list):
+            object.__setattr__(config, name, tuple(getattr(config, name)))
+
+
+def set_part(config: Any, name: str, kind: type) -> None:
+    """Makes the dataclass `kind` of a dict, as a recipe's override gives it; ValueError for all else but None."""
+    value = getattr(config, name)
+    if isinstance(value, Mapping):
+        known = {field.name for field in dataclasses.fields(kind)}
+        if set(value) != known:
+            raise ValueError(f"{name}: found keys {sorted(value)}, expected {sorted(known)}")
+        object.__setattr__(config, name, kind(**value))
+    elif value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}: found {value!r}, expected a {kind.__name__} or None")
+
+
+def check_yarn_length(config: Any) -> None:
+    """ValueError when YaRN starts from more positions than the model has."""
+    if config.rope_scaling is not None:
+        check_at_most(
+            "rope_scaling.original_max_position_embeddings",
+            config.rope_scaling.original_max_position_embeddings,
+            "max_position_embeddings",
+            config.max_position_embeddings,
+        )
+
+
+def check_tokens(config: Any) -> None:
+    """ValueError for a special token that is no id of the vocabulary; None is not given."""
+    eos = config.eos_token_id
+    places = [("bos_token_id", config.bos_token_id)]
+    places += [("eos_token_id", token) for token in (eos if isinstance(eos, tuple) else (eos,))]
+    for name, token in places:
+        if token is not None:
+            check_int(name, token, 0)
+            check_at_most(name, token, "the last token id", config.vocab_size - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
     """YaRN, which stretches RoPE to a longer context. V4 has it in the layers that compress, without a factor on the
@@ -49,9 +102,7 @@ class YarnScaling:
     beta_slow: float
 
     def __post_init__(self) -> None:
-        for name in ("factor", "beta_fast", "beta_slow"):
-            check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
-            object.__setattr__(self, name, float(getattr(self, name)))
+        set_reals(self, ("factor", "beta_fast", "beta_slow"), "rope_scaling.")
         check_int(
             "rope_scaling.original_max_position_embeddings",
             self.original_max_position_embeddings,
@@ -61,8 +112,7 @@ class YarnScaling:
             raise ValueError(f"rope_scaling.factor: found {self.factor}, expected at least 1")
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
-                f"rope_scaling.beta_fast: found {self.beta_fast}, expected more than "
-                f"beta_slow {self.beta_slow}"
+                f"rope_scaling.beta_fast: found {self.beta_fast}, expected more than beta_slow {self.beta_slow}"
             )
 
 

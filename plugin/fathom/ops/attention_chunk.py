@@ -161,7 +161,16 @@ def _dkeys(p: jax.Array, dscore: jax.Array, q: jax.Array, dout: jax.Array, *, sh
     missing = q.shape[-1] - dout.shape[-1]
     if missing:
         dout = jnp.pad(dout, [(0, 0)] * 3 + [(0, missing)])
-    # One product over both, the heads of dscore and P side by side: the result is written once.
+    if shared:
+        return _sum_queries(dscore, q) + _sum_queries(p, dout)
+    # One product over both, the heads of dscore and P side by side: the result, which is large, is written once.
     both = jnp.concatenate([dscore, p], axis=2).astype(q.dtype)
-    spec = "bcnt,bcnh->bth" if shared else "bcnt,bcnh->bcth"
-    return _contract(spec, both, jnp.concatenate([q, dout], axis=2))
+    return _contract("bcnt,bcnh->bcth", both, jnp.concatenate([q, dout], axis=2))
+
+
+def _sum_queries(weight_BCNT: jax.Array, x_BCNH: jax.Array) -> jax.Array:
+    """Sum over queries and heads of weight x value: [B, T, H]."""
+    batch, chunk, heads, keys = weight_BCNT.shape
+    # Queries and heads as one dimension: of two, a CPU would first copy both operands into another order.
+    weight, x = weight_BCNT.reshape(batch, chunk * heads, keys), x_BCNH.reshape(batch, chunk * heads, -1)
+    return _contract("bkt,bkh->bth", weight.astype(x.dtype), x)

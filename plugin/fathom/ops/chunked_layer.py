@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from fathom.ops import sparse_mqa_chunks as chunks
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.selection import Selection
-from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan
+from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan, with_earlier
 
 Tree = Any
 
@@ -51,11 +51,12 @@ def attend_in_chunks(
     scale: float,
     window: int,
     value_dim: int | None = None,
+    earlier_BWH: jax.Array | None = None,
     implementation: str = "auto",
     query_chunk: int | None = None,
     layer_chunk: int = LAYER_CHUNK,
-) -> jax.Array:
-    """`output_fn` of the attention of `query_fn`'s queries, a stretch of queries at a time.
+) -> tuple[jax.Array, jax.Array]:
+    """`output_fn` of the attention of `query_fn`'s queries, a stretch of queries at a time, and its log-sum-exp.
 
     Equal to `output_fn(params, inputs, banded_sparse_mqa(query_fn(params, inputs), ...))`, forward and backward,
     for functions that treat each query alone.
@@ -67,7 +68,7 @@ def attend_in_chunks(
         Both functions must be pure, and may not close over arrays that are traced or differentiated.
       params: weights, float32 or bfloat16; every leaf is differentiated.
       inputs: arrays [B, S, ...], one value per query; the floating-point ones are differentiated.
-      kv_BSH, band_BS: as in `banded_sparse_mqa`; both None when window is 0, which is `sparse_mqa`.
+      kv_BSH, band_BS, earlier_BWH: as in `banded_sparse_mqa`; both None when window is 0, which is `sparse_mqa`.
       sink_N, entries_BEH, selection, scale, window: as in `banded_sparse_mqa`.
       value_dim: values are the first `value_dim` channels of the keys; all unless given.
       implementation: "auto", "masked" or "gathered".
@@ -75,7 +76,7 @@ def attend_in_chunks(
       layer_chunk: C.
 
     Returns:
-      [B, S, ...] in the dtype of `output_fn`.
+      [B, S, ...] in the dtype of `output_fn`, and the log-sum-exp float32 [B, S, N], a constant.
 
     Raises:
       ValueError: for entries without a selection, neither keys nor entries, or an unknown implementation.
@@ -95,8 +96,14 @@ def attend_in_chunks(
     )
     length = jax.tree.leaves(inputs)[0].shape[1]
     functions = Functions(query_fn, output_fn, min(layer_chunk, length))
-    band_BS = clip_band(band_BS, window) if window else None
-    return _layer(plan, functions, params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection)
+    near = None
+    if window:
+        band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
+        near = with_earlier(kv_BSH, earlier_BWH, window)
+    else:
+        band_BS = None
+    y, lse = _layer(plan, functions, params, inputs, near, sink_N, band_BS, entries_BEH, selection)
+    return y, jax.lax.stop_gradient(lse)
 
 
 def _stretches(functions: Functions, inputs: Tree, band_BS, selection: Selection):
@@ -107,25 +114,21 @@ def _stretches(functions: Functions, inputs: Tree, band_BS, selection: Selection
     return jnp.arange(count), inputs, band_BS, chunks.selection_chunks(selection, functions.chunk)
 
 
-def _keys(plan: chunks.Plan, functions: Functions, kv_BSH, length: int):
-    return chunks.pad_keys(chunks.with_earlier(plan, kv_BSH), length, functions.chunk)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _layer(plan, functions, params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection):
+def _layer(plan, functions, params, inputs, keys, sink_N, band_BS, entries_BEH, selection):
     length = jax.tree.leaves(inputs)[0].shape[1]
     rows = chunks.prepare_rows(plan, entries_BEH)
-    keys = _keys(plan, functions, kv_BSH, length)
+    keys = chunks.pad_keys(keys, length, functions.chunk)
 
     def step(_, xs):
         number, inputs, band, picked = xs
         near = chunks.keys_of_chunk(plan, keys, number, functions.chunk)
         q = functions.query(params, inputs)
-        out, _ = chunks.forward(plan, q, near, sink_N, band, rows, picked)
-        return None, functions.output(params, inputs, out)
+        out, lse = chunks.forward(plan, q, near, sink_N, band, rows, picked)
+        return None, (functions.output(params, inputs, out), lse)
 
-    _, y = jax.lax.scan(step, None, _stretches(functions, inputs, band_BS, selection))
-    return from_chunks(y, length)
+    _, (y, lse) = jax.lax.scan(step, None, _stretches(functions, inputs, band_BS, selection))
+    return from_chunks(y, length), from_chunks(lse, length)
 
 
 def _layer_forward(plan, functions, *args):
@@ -153,11 +156,12 @@ def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _layer_backward(plan, functions, residuals, dy):
-    params, inputs, kv_BSH, sink_N, band_BS, entries_BEH, selection = residuals
+def _layer_backward(plan, functions, residuals, cotangents):
+    params, inputs, unpadded, sink_N, band_BS, entries_BEH, selection = residuals
+    dy, _ = cotangents
     length, chunk = dy.shape[1], functions.chunk
     rows = chunks.prepare_rows(plan, entries_BEH)
-    keys = _keys(plan, functions, kv_BSH, length)
+    keys = chunks.pad_keys(unpadded, length, chunk)
 
     def step(carry, xs):
         dparams, dsink, owed, drows = carry
@@ -187,16 +191,16 @@ def _layer_backward(plan, functions, residuals, dy):
     start = (
         jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
         jnp.zeros(sink_N.shape, jnp.float32),
-        chunks.nothing_owed(plan, kv_BSH),
+        chunks.nothing_owed(plan, unpadded),
         chunks.zero_gradient(rows),
     )
     xs = _stretches(functions, inputs, band_BS, selection), to_chunks(dy, chunk)
-    (dparams, dsink, _, drows), ys = jax.lax.scan(step, start, xs, reverse=True)
+    (dparams, dsink, owed, drows), ys = jax.lax.scan(step, start, xs, reverse=True)
     dfloats, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
     return (
         jax.tree.map(lambda d, x: d.astype(x.dtype), dparams, params),
         _Inputs(dfloats, chunks.no_gradient(_Inputs.of(inputs).others)).join(inputs),
-        dkv,
+        chunks.keys_gradient(owed, dkv),
         dsink.astype(sink_N.dtype),
         chunks.no_gradient(band_BS),
         chunks.rows_gradient(drows, entries_BEH),

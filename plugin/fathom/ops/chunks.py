@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,3 +21,18 @@ def from_chunks(x: jax.Array, length: int) -> jax.Array:
     """Inverse of `to_chunks`, dropping the padding."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
+
+
+def map_chunks(function: Callable[[Any], Any], tree: Any, chunk: int | None) -> Any:
+    """`function` of a tree of arrays [B, S, ...], `chunk` of S at a time, computed again in the backward.
+
+    Args:
+      function: of a tree of [B, C, ...] to a tree of [B, C, ...]; it must treat each place alone. It may close over
+        arrays; their gradients are summed over the chunks in their own dtype.
+      chunk: C; None, or no fewer than S, applies the function once to all, and keeps what its backward wants.
+    """
+    length = jax.tree.leaves(tree)[0].shape[1]
+    if chunk is None or length <= chunk:
+        return function(tree)
+    made = jax.lax.map(jax.checkpoint(function), jax.tree.map(lambda x: to_chunks(x, chunk), tree))
+    return jax.tree.map(lambda x: from_chunks(x, length), made)

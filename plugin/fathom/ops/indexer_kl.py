@@ -30,13 +30,14 @@ class Teacher(NamedTuple):
 
     Attributes:
       q_BSNH: its queries. keys_BEH: the entries it may select. lse_BSN: float32 log of its whole denominator.
-      scale: multiplies q . k.
+      scale: multiplies q . k. head_axes: mesh axes over which other devices hold the other heads, inside a shard_map.
     """
 
     q_BSNH: jax.Array
     keys_BEH: jax.Array
     lse_BSN: jax.Array
     scale: float
+    head_axes: tuple[str, ...] = ()
 
 
 def _gather(keys_BEJ: jax.Array, indices_BCK: jax.Array) -> jax.Array:
@@ -55,24 +56,26 @@ def _row_loss(scores_BCE: jax.Array, p_BCE: jax.Array, mask_BCE: jax.Array) -> j
 
 
 def _all_entries(
-    index: tuple, k_BEJ: jax.Array, teacher: tuple, keys_BEH: jax.Array, scale: float, seen: VisibleRange
+    index: tuple, k_BEJ: jax.Array, teacher: Teacher, seen: VisibleRange
 ) -> jax.Array:
     """A chunk's loss over every visible entry."""
-    (q_BCIJ, weights_BCI), (tq_BCNH, lse_BCN) = index, teacher
+    q_BCIJ, weights_BCI = index
+    tq_BCNH, keys_BEH = teacher.q_BSNH, teacher.keys_BEH
     entry = jnp.arange(k_BEJ.shape[1])
     mask = (entry >= seen.begin_BS[..., None]) & (entry < seen.end_BS[..., None])
     attention = jnp.einsum(
         "bcnh,beh->bcne", tq_BCNH, keys_BEH, precision=precision_of(tq_BCNH), preferred_element_type=jnp.float32
     )
-    p = _sum_of_heads(attention * scale, lse_BCN, mask)
+    p = _sum_of_heads(attention * teacher.scale, mask, teacher)
     return _row_loss(indexer_scores(q_BCIJ, k_BEJ, weights_BCI), p, mask)
 
 
 def _listed_entries(
-    index: tuple, k_BEJ: jax.Array, teacher: tuple, keys_BEH: jax.Array, scale: float, listed: Selected
+    index: tuple, k_BEJ: jax.Array, teacher: Teacher, listed: Selected
 ) -> jax.Array:
     """A chunk's loss over the entries listed for each query; no entry twice."""
-    (q_BCIJ, weights_BCI), (tq_BCNH, lse_BCN) = index, teacher
+    q_BCIJ, weights_BCI = index
+    tq_BCNH, keys_BEH = teacher.q_BSNH, teacher.keys_BEH
     indices = listed.indices_BSK
     mask = (indices >= 0) & (indices < k_BEJ.shape[1])
     precision = precision_of(tq_BCNH)
@@ -92,17 +95,20 @@ def _listed_entries(
     )
     weights = weights_BCI.astype(jnp.float32)
     scores = jnp.einsum("bcik,bci->bck", jax.nn.relu(products), weights, precision=precision_of(weights))
-    return _row_loss(scores, _sum_of_heads(attention * scale, lse_BCN, mask), mask)
+    return _row_loss(scores, _sum_of_heads(attention * teacher.scale, mask, teacher), mask)
 
 
-def _sum_of_heads(scores_BCNE: jax.Array, lse_BCN: jax.Array, mask_BCE: jax.Array) -> jax.Array:
+def _sum_of_heads(scores_BCNE: jax.Array, mask_BCE: jax.Array, teacher: Teacher) -> jax.Array:
     """sum_n exp(score - lse) [B, C, E] up to a factor per query, which the normalisation cancels: the largest term is
     1, so that window or sink may hold all but nothing of the weight. A head without a finite lse adds nothing.
     """
-    lse = jnp.where(jnp.isfinite(lse_BCN), lse_BCN, -MASKED)[..., None]
+    lse = jnp.where(jnp.isfinite(teacher.lse_BSN), teacher.lse_BSN, -MASKED)[..., None]
     logs = jnp.where(mask_BCE[:, :, None], scores_BCNE - lse, MASKED)
     peak = logs.max(axis=(2, 3), keepdims=True)
-    return jnp.exp(logs - jnp.where(peak > MASKED, peak, 0.0)).sum(axis=2)
+    if teacher.head_axes:
+        peak = jax.lax.pmax(peak, teacher.head_axes)
+    total = jnp.exp(logs - jnp.where(peak > MASKED, peak, 0.0)).sum(axis=2)
+    return jax.lax.psum(total, teacher.head_axes) if teacher.head_axes else total
 
 
 def indexer_kl(
@@ -126,7 +132,7 @@ def indexer_kl(
     Returns:
       float32 [B, S]: KL in nats; 0 for a query without an entry in question.
     """
-    teacher = jax.lax.stop_gradient(teacher)
+    teacher = Teacher(*jax.lax.stop_gradient(teacher[:3]), *teacher[3:])
     length, width = q_BSIJ.shape[1], k_BEJ.shape[1]
     if isinstance(selection, Selected):
         width = selection.indices_BSK.shape[-1]
@@ -140,9 +146,9 @@ def indexer_kl(
 
     @jax.checkpoint
     def one_chunk(parts):
-        index, attention, listed = parts
+        index, (q, lse), listed = parts
         narrow = wide_BEJ.astype(k_BEJ.dtype)
-        return loss_of(index, narrow, attention, teacher.keys_BEH, teacher.scale, type(selection)(*listed))
+        return loss_of(index, narrow, teacher._replace(q_BSNH=q, lse_BSN=lse), type(selection)(*listed))
 
     def chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(to_chunks(array, chunk) for array in arrays)

@@ -16,9 +16,10 @@ Versions behind one signature:
   reference  the meaning, over all queries x rows, differentiated by JAX.
   masked     a chunk of queries against the rows from the first to the last that any of them sees, under a mask.
   gathered   each query's own rows, gathered; the cost does not grow with the number of rows.
-"auto" gathers where there are more than `GATHER_BEYOND` times as many rows as each query lists. Neither fast version
-holds anything of size queries x rows or queries x listed x channels of the whole sequence, and the backward keeps
-nothing but the arguments.
+  short      V4's composition up to 256 tokens (ops/sparse_mqa_short.py).
+"auto" takes the short version where it can, and gathers where there are more than `GATHER_BEYOND` times as many rows as
+each query lists. Neither masked nor gathered holds anything of size queries x rows or queries x listed x channels of
+the whole sequence, and the backward of each keeps nothing but the arguments.
 
 Letters: B batch, S queries, T rows, E entries, N heads, H key channels, V value channels, K rows listed per query.
 """
@@ -33,8 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fathom.ops import sparse_mqa_chunks as chunks
+from fathom.ops import sparse_mqa_short
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import Selected, Selection, entry_mask
+from fathom.ops.sparse_mqa_short import attend_short
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +136,7 @@ def attend_reference(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: chunks.Plan, q_BSNH, kv_BSH, sink_N, band_BS, rows_BTH, selection):
-    keys = chunks.with_earlier(plan, kv_BSH)
+def _attention(plan: chunks.Plan, q_BSNH, keys, sink_N, band_BS, rows_BTH, selection):
     return chunks.forward(plan, q_BSNH, keys, sink_N, band_BS, chunks.prepare_rows(plan, rows_BTH), selection)
 
 
@@ -143,23 +145,15 @@ def _attention_forward(plan, *args):
 
 
 def _attention_backward(plan, residuals, cotangents):
-    q_BSNH, kv_BSH, sink_N, band_BS, rows_BTH, selection = residuals
+    q_BSNH, keys, sink_N, band_BS, rows_BTH, selection = residuals
     rows = chunks.prepare_rows(plan, rows_BTH)
+    owed = chunks.nothing_owed(plan, keys)
     grads = chunks.backward(
-        plan,
-        q_BSNH,
-        chunks.with_earlier(plan, kv_BSH),
-        sink_N,
-        band_BS,
-        rows,
-        selection,
-        *cotangents,
-        chunks.nothing_owed(plan, kv_BSH),
-        chunks.zero_gradient(rows),
+        plan, q_BSNH, keys, sink_N, band_BS, rows, selection, *cotangents, owed, chunks.zero_gradient(rows)
     )
     return (
         grads.dq,
-        grads.dkv_BSH,
+        chunks.keys_gradient(grads.owed, grads.dkv_BSH),
         grads.dsink_N.astype(sink_N.dtype),
         chunks.no_gradient(band_BS),
         chunks.rows_gradient(grads.drows, rows_BTH),
@@ -228,6 +222,7 @@ def banded_sparse_mqa(
     *,
     scale: float,
     window: int,
+    earlier_BWH: jax.Array | None = None,
     implementation: str = "auto",
     query_chunk: int | None = None,
     return_lse: bool = False,
@@ -245,6 +240,7 @@ def banded_sparse_mqa(
       selection: which entries each query sees; required when there are entries.
       scale: multiplies q . k.
       window: the longest band, at least 1.
+      earlier_BWH: the `window - 1` key-values before the first query, where these are a stretch of a longer sequence.
       implementation, query_chunk, return_lse: as in `sparse_mqa`.
 
     Returns:
@@ -259,10 +255,16 @@ def banded_sparse_mqa(
     if num_entries:
         _check(q_BSNH, entries_BEH, "entries", sink_N, kv_BSH.shape[-1], selection)
     length, value_dim = q_BSNH.shape[1], kv_BSH.shape[-1]
-    band_BS = clip_band(band_BS, window)
+    band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
+    if implementation == "auto" and length <= sparse_mqa_short.LENGTH and earlier_BWH is None:
+        _log_choice("short", num_entries, None, program_platform())
+        some = entries_BEH if num_entries else None
+        out, lse = attend_short(q_BSNH, kv_BSH, sink_N, band_BS, some, selection, scale=scale, window=window)
+        return (out, lse) if return_lse else out
+    keys = with_earlier(kv_BSH, earlier_BWH, window)
     if implementation == "reference":
-        distance = jnp.arange(length)[:, None] - jnp.arange(length)
-        keys, seen = kv_BSH, (distance >= 0) & (distance < band_BS[..., None])
+        distance = jnp.arange(length)[:, None] + window - 1 - jnp.arange(keys.shape[1])
+        seen = (distance >= 0) & (distance < band_BS[..., None])
         if num_entries:
             keys = jnp.concatenate([keys, entries_BEH], axis=1)
             seen = jnp.concatenate([seen, entry_mask(selection, num_entries)], axis=2)
@@ -271,13 +273,26 @@ def banded_sparse_mqa(
         plan = make_plan(
             implementation, query_chunk, num_entries, selection, scale=scale, window=window, value_dim=value_dim
         )
-        out, lse = _attention(plan, q_BSNH, kv_BSH, sink_N, band_BS, entries_BEH, selection)
+        out, lse = _attention(plan, q_BSNH, keys, sink_N, band_BS, entries_BEH, selection)
     return (out, lse) if return_lse else out
 
 
-def clip_band(band_BS: jax.Array, window: int) -> jax.Array:
-    """The band within the window and within the tokens there are."""
-    return jnp.clip(band_BS, 0, jnp.minimum(jnp.arange(band_BS.shape[1]) + 1, window))
+def clip_band(band_BS: jax.Array, window: int, *, whole: bool = True) -> jax.Array:
+    """The band within the window and, of a whole sequence, within the tokens there are."""
+    return jnp.clip(band_BS, 0, jnp.minimum(jnp.arange(band_BS.shape[1]) + 1, window) if whole else window)
+
+
+def with_earlier(kv_BSH: jax.Array, earlier_BWH: jax.Array | None, window: int) -> jax.Array:
+    """Keys after those that precede them, zeros where there are none: [B, W + S, H] with W = window - 1.
+
+    Raises:
+      ValueError: when the earlier ones are not `window - 1`.
+    """
+    if earlier_BWH is None:
+        return jnp.pad(kv_BSH, ((0, 0), (window - 1, 0), (0, 0)))
+    if earlier_BWH.shape[1] != window - 1:
+        raise ValueError(f"{earlier_BWH.shape[1]} earlier key-values, expected {window - 1} for a window of {window}")
+    return jnp.concatenate([earlier_BWH, kv_BSH], axis=1)
 
 
 def check_entries(entries_BEH: jax.Array | None, selection: Selection) -> tuple[jax.Array | None, Selection]:

@@ -75,14 +75,14 @@ def no_gradient(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), tree)
 
 
-def with_earlier(plan: Plan, kv_BSH: jax.Array | None) -> jax.Array | None:
-    """Keys with W of zeros before them, which no query's band reaches: [B, W + S, H]."""
-    return jnp.pad(kv_BSH, ((0, 0), (plan.earlier, 0), (0, 0))) if plan.window else None
-
-
-def nothing_owed(plan: Plan, kv_BSH: jax.Array | None) -> jax.Array | None:
+def nothing_owed(plan: Plan, keys: jax.Array | None) -> jax.Array | None:
     """What the queries after the last owe to its W keys: float32 zeros [B, W, H]."""
-    return jnp.zeros((kv_BSH.shape[0], plan.earlier, kv_BSH.shape[2]), jnp.float32) if plan.window else None
+    return jnp.zeros((keys.shape[0], plan.earlier, keys.shape[2]), jnp.float32) if plan.window else None
+
+
+def keys_gradient(owed: jax.Array | None, dkv_BSH: jax.Array | None) -> jax.Array | None:
+    """The gradient of keys [B, W + S, H]: what is owed to the first W, and the rest."""
+    return None if dkv_BSH is None else jnp.concatenate([owed.astype(dkv_BSH.dtype), dkv_BSH], axis=1)
 
 
 def selection_chunks(selection: Selection, chunk: int) -> Selection:

@@ -6,6 +6,7 @@ RoPE turns interleaved pairs in the attention and half-split pairs in the indexe
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,16 +15,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fathom.layers.documents import Documents
-from fathom.layers.indexer import BaseIndexer, indexer_loss
-from fathom.layers.linear import Linear
+from fathom.layers.indexer import BaseIndexer, TeacherParts
+from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.mesh import constrain
+from fathom.layers.shards import QUERIES, START, Place, Shard, per_device
 from fathom.models.deepseek_v32.config import DeepseekV32Config
-from fathom.models.deepseek_v32.mla import Latents, absorbed, latent_attention
-from fathom.ops.indexer_kl import Teacher
+from fathom.models.deepseek_v32.mla import Latents, absorbed_queries, choose, latent_attention, sizes_of
+from fathom.ops.chunked_layer import LAYER_CHUNK, attend_in_chunks
 from fathom.ops.quantization import hadamard, simulate_fp8
 from fathom.ops.selection import Selection, VisibleRange
 
@@ -43,12 +44,18 @@ class LayerInputs:
       documents: where the documents lie.
       visible: the tokens each query sees: those of its document up to itself; none for padding.
       rope: (cos, sin) at the tokens, [B, S, rope_head_dim / 2].
+      row_length: static, tokens of a whole row, of which a device may hold a part.
     """
 
     tokens_BS: jax.Array
     documents: Documents
     visible: VisibleRange
     rope: Tables
+    row_length: int = dataclasses.field(metadata={"static": True})
+
+    def kinds(self) -> LayerInputs:
+        """The same tree with each array's kind, see layers/shards.py."""
+        return jax.tree.map(lambda _: QUERIES, self)
 
 
 def main_frequencies(config: DeepseekV32Config):
@@ -86,7 +93,7 @@ def visible_tokens(documents: Documents) -> VisibleRange:
 def make_layer_inputs(config: DeepseekV32Config, tokens_BS: jax.Array, documents: Documents) -> LayerInputs:
     """The visible ranges and RoPE tables of a batch."""
     rope = main_tables(config, documents.positions_BS)
-    return LayerInputs(tokens_BS, documents, visible_tokens(documents), rope)
+    return LayerInputs(tokens_BS, documents, visible_tokens(documents), rope, tokens_BS.shape[1])
 
 
 def apply_rope_halves(x: jax.Array, tables: Tables) -> jax.Array:
@@ -149,14 +156,17 @@ class Indexer(BaseIndexer):
         self.k_norm = LayerNorm(rngs, config.index_head_dim, eps=LATENT_EPS)
 
     def visible(self, inputs: LayerInputs) -> tuple[VisibleRange, int]:
-        return inputs.visible, inputs.tokens_BS.shape[1]
+        return inputs.visible, inputs.row_length
 
-    def rotate_queries(self, q_BSNH: jax.Array, inputs: LayerInputs) -> jax.Array:
-        cos, sin = inputs.rope
-        return apply_rope_halves(q_BSNH, (cos[:, :, None], sin[:, :, None]))
+    def tables(self, inputs: LayerInputs) -> Tables:
+        return inputs.rope
 
-    def keys(self, x_BSD: jax.Array, inputs: LayerInputs) -> jax.Array:
-        return apply_rope_halves(self.k_norm(self.wk.contract("bsd,dh->bsh", x_BSD)), inputs.rope)
+    def rotate(self, x: jax.Array, tables: Tables) -> jax.Array:
+        return apply_rope_halves(x, tables)
+
+    def keys(self, x_BSD: jax.Array, inputs: LayerInputs, place: Place = START) -> jax.Array:
+        keys = apply_rope_halves(self.k_norm(self.wk.contract("bsd,dh->bsh", x_BSD)), inputs.rope)
+        return place.shard.gather(keys)
 
     def simulate(self, x: jax.Array) -> jax.Array:
         return simulate_fp8(hadamard(x), min(INDEX_QUANT_BLOCK, x.shape[-1]))
@@ -166,10 +176,10 @@ class Indexer(BaseIndexer):
 
 
 class Projections(NamedTuple):
-    """A layer's queries and keys: `qr_BSR` is the low-rank query that the indexer reads too."""
+    """A device's low-rank queries `qr_BSR`, which the indexer reads too, and the latents [c ; r] of the whole row."""
 
     qr_BSR: jax.Array
-    latents: Latents
+    latents_BTR: jax.Array
 
 
 class Attention(nnx.Module):
@@ -200,47 +210,110 @@ class Attention(nnx.Module):
         self.wo = linear((heads, c.value_head_dim, c.hidden_size), ("heads", None, "embed"))
         self.indexer = Indexer(rngs, config, options)
 
-    def project(self, x_BSD: jax.Array, inputs: LayerInputs) -> Projections:
-        """Queries, latents and shared rotary keys."""
-        c = self.config
-        cos, sin = inputs.rope
+    def project(self, x_BSD: jax.Array, inputs: LayerInputs, place: Place = START) -> Projections:
+        """Low-rank queries, and latents with the shared rotary keys behind them."""
+        rank = self.config.kv_lora_rank
         qr = self.q_norm(self.wq_a.contract("bsd,dr->bsr", x_BSD))
-        q = constrain(self.wq_b.contract("bsr,rnh->bsnh", qr), ("act_batch", "act_sequence", "act_heads", None))
-        q_nope, q_rope = q[..., : c.nope_head_dim], q[..., c.nope_head_dim :]
         kv = self.wkv_a.contract("bsd,dr->bsr", x_BSD)
-        w_kv = self.wkv_b.weight[...].astype(x_BSD.dtype)
-        latents = Latents(
-            q_nope_BSNH=q_nope,
-            q_rope_BSNP=apply_rope(q_rope, (cos[:, :, None], sin[:, :, None])),
-            c_BTR=self.kv_norm(kv[..., : c.kv_lora_rank]),
-            k_rope_BTP=apply_rope(kv[..., c.kv_lora_rank :], (cos, sin)),
-            w_k_RNH=w_kv[..., : c.nope_head_dim],
-            w_v_RNV=w_kv[..., c.nope_head_dim :],
-        )
-        return Projections(qr, latents)
+        kv = jnp.concatenate([self.kv_norm(kv[..., :rank]), apply_rope(kv[..., rank:], inputs.rope)], axis=-1)
+        return Projections(qr, place.shard.gather(kv))
 
     def attend(
-        self, latents: Latents, selection: Selection, inputs: LayerInputs
+        self, projections: Projections, selection: Selection, inputs: LayerInputs, place: Place = START
     ) -> tuple[jax.Array, jax.Array]:
-        """[B, S, N, V], and the log-sum-exp of the scores, [B, S, N]."""
-        return latent_attention(
-            latents,
+        """The attention's output projected, [B, S, D], and the log-sum-exp of the scores, [B, S, N]; of a long sequence
+        in the absorbed form in stretches."""
+        c, options = self.config, self.options
+        weights = {name: getattr(self, name).weight[...] for name in ("wq_b", "wkv_b", "wo")}
+        parts = projections.qr_BSR, inputs.rope
+        dtype = jnp.dtype(jnp.float32 if place.shard.heads else projections.qr_BSR.dtype)
+        project = functools.partial(_project_output, dtype)
+        sizes = sizes_of(projections.latents_BTR, weights["wkv_b"], c.nope_head_dim)
+        chosen = choose(sizes, selection, implementation=options.attention, form=options.mla_form)
+        if place.stretch is not None and parts[0].shape[1] > place.stretch and chosen.form == "absorbed":
+            made = attend_in_chunks(
+                functools.partial(_absorbed_queries, c.nope_head_dim),
+                functools.partial(_project_latents, dtype, c.nope_head_dim),
+                weights,
+                parts,
+                None,
+                jnp.full(weights["wq_b"].shape[1], -jnp.inf, jnp.float32),
+                None,
+                projections.latents_BTR,
+                selection,
+                scale=c.softmax_scale,
+                window=0,
+                value_dim=c.kv_lora_rank,
+                implementation="gathered" if chosen.implementation == "gathered" else "masked",
+                query_chunk=options.query_chunk,
+                layer_chunk=place.stretch,
+            )
+            return checkpoint_name(made, "attention")
+        out, lse = latent_attention(
+            _latents(c.nope_head_dim, weights, parts, projections.latents_BTR),
             selection,
-            scale=self.config.softmax_scale,
-            single=inputs.documents.single,
-            implementation=self.options.attention,
-            form=self.options.mla_form,
-            query_chunk=self.options.query_chunk,
+            scale=c.softmax_scale,
+            single=inputs.documents.single and place.shard.count == 1,
+            implementation=options.attention,
+            form=options.mla_form,
+            query_chunk=options.query_chunk,
         )
+        return project(weights, checkpoint_name(out, "attention")), lse
 
     def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> [B, S, D], 0 for a padding token; and the indexer's loss, a float32 sum over queries."""
-        qr, latents = self.project(x_BSD, inputs)
-        choice = self.indexer(x_BSD, qr, inputs)
-        out, lse = self.attend(latents, choice.selection, inputs)
+        return per_device(self, Attention.on_device, x_BSD, inputs, inputs.kinds())
+
+    def on_device(self, shard: Shard, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        """`__call__` on one device's tokens and heads."""
+        c = self.config
+        place = Place(shard, None, self.options.stretch or LAYER_CHUNK)
+        projections = self.project(x_BSD, inputs, place)
+        choice = self.indexer(x_BSD, projections.qr_BSR, inputs, place)
+        y, lse = self.attend(projections, choice.selection, inputs, place)
         loss = jnp.zeros((), jnp.float32)
-        if choice.projections is not None:
+        if choice.k_BEH is not None:
             # Absorbed, all heads share the keys, which is what the teacher is made of.
-            teacher = Teacher(*absorbed(latents), lse, self.config.softmax_scale)
-            loss = indexer_loss(choice, teacher, self.options.query_chunk)
-        return self.wo.contract("bsnv,nvd->bsd", checkpoint_name(out, "attention")), loss
+            weights = {name: jax.lax.stop_gradient(getattr(self, name).weight[...]) for name in ("wq_b", "wkv_b")}
+            make_queries = functools.partial(_absorbed_queries, c.nope_head_dim, weights)
+            parts = projections.qr_BSR, inputs.rope
+            teacher = TeacherParts(make_queries, parts, projections.latents_BTR, lse, c.softmax_scale)
+            loss = self.indexer.loss(choice, x_BSD, projections.qr_BSR, inputs, teacher, place)
+        return shard.sum_heads(y).astype(x_BSD.dtype), shard.sum_tokens(loss)
+
+
+Weights = dict[str, jax.Array]
+Parts = tuple[jax.Array, Tables]
+
+
+def _queries(nope: int, weights: Weights, parts: Parts) -> tuple[jax.Array, jax.Array]:
+    """Every head's query without RoPE [B, S, N, H], and rotated [B, S, N, P], of low-rank queries and tables."""
+    qr_BSR, (cos, sin) = parts
+    q = contract("bsr,rnh->bsnh", qr_BSR, weights["wq_b"])
+    return q[..., :nope], apply_rope(q[..., nope:], (cos[:, :, None], sin[:, :, None]))
+
+
+def _latents(nope: int, weights: Weights, parts: Parts, latents_BTR: jax.Array) -> Latents:
+    """What `latent_attention` reads."""
+    w_kv = weights["wkv_b"].astype(latents_BTR.dtype)
+    rank = w_kv.shape[0]
+    c, k_rope = latents_BTR[..., :rank], latents_BTR[..., rank:]
+    return Latents(*_queries(nope, weights, parts), c, k_rope, w_kv[..., :nope], w_kv[..., nope:])
+
+
+def _absorbed_queries(nope: int, weights: Weights, parts: Parts) -> jax.Array:
+    """Queries [B, S, N, R + P] of the absorbed form."""
+    q_nope, q_rope = _queries(nope, weights, parts)
+    return absorbed_queries(q_nope, q_rope, weights["wkv_b"][..., :nope].astype(q_nope.dtype))
+
+
+def _project_latents(
+    dtype: jnp.dtype, nope: int, weights: Weights, parts: Parts, out_BSNR: jax.Array
+) -> jax.Array:
+    """The absorbed form's output through each head's value kernel and the output projection: [B, S, D]."""
+    out = contract("bsnr,rnv->bsnv", out_BSNR, weights["wkv_b"][..., nope:])
+    return _project_output(dtype, weights, out)
+
+
+def _project_output(dtype: jnp.dtype, weights: Weights, out_BSNV: jax.Array) -> jax.Array:
+    return contract("bsnv,nvd->bsd", out_BSNV, weights["wo"], dtype)

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from fathom.models.config_parts import (
+    MAX_LAYERS,
+    MAX_LAYERS_TIMES_EXPERTS,
     LayerPlan,
     YarnScaling,
     check_at_most,
     check_divides,
     check_int,
-    check_real,
+    check_tokens,
+    check_yarn_length,
     plan_layers,
+    set_part,
+    set_reals,
+    set_tuples,
 )
 
 FFN_KINDS = ("dense", "moe")
-
-# Bounds far above any released model, so that a damaged or hostile config is refused here and not
-# by the machine's memory.
-_MAX_LAYERS = 4096
-_MAX_LAYERS_TIMES_EXPERTS = 2**20
 
 
 def mscale_of(factor: float, mscale: float) -> float:
@@ -48,9 +49,7 @@ class MscaleYarn(YarnScaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mscale", "mscale_all_dim"):
-            check_real(f"rope_scaling.{name}", getattr(self, name), above=0)
-            object.__setattr__(self, name, float(getattr(self, name)))
+        set_reals(self, ("mscale", "mscale_all_dim"), "rope_scaling.")
 
 
 _POSITIVE_INTS = (
@@ -127,40 +126,26 @@ class DeepseekV32Config:
     eos_token_id: int | tuple[int, ...] | None = 1
 
     def __post_init__(self) -> None:
-        self._normalise()
+        set_tuples(self, ("ffn_kinds", "eos_token_id"))
+        set_part(self, "rope_scaling", MscaleYarn)
         for name in _POSITIVE_INTS:
             check_int(name, getattr(self, name), 1)
-        for name in _POSITIVE_REALS:
-            check_real(name, getattr(self, name), above=0)
-            object.__setattr__(self, name, float(getattr(self, name)))
+        set_reals(self, _POSITIVE_REALS)
         check_int("num_mtp_layers", self.num_mtp_layers, 0)
         self._check_layers()
         self._check_widths()
-        self._check_tokens()
-
-    def _normalise(self) -> None:
-        """Lists and dicts, as a recipe's override gives them, become tuples and dataclasses."""
-        for name in ("ffn_kinds", "eos_token_id"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        value = self.rope_scaling
-        if isinstance(value, Mapping):
-            known = {field.name for field in dataclasses.fields(MscaleYarn)}
-            if set(value) != known:
-                raise ValueError(f"rope_scaling: found keys {sorted(value)}, expected {sorted(known)}")
-            object.__setattr__(self, "rope_scaling", MscaleYarn(**value))
-        elif value is not None and not isinstance(value, MscaleYarn):
-            raise ValueError(f"rope_scaling: found {value!r}, expected a MscaleYarn or None")
+        check_yarn_length(self)
+        check_tokens(self)
 
     def _check_layers(self) -> None:
         kinds = self.ffn_kinds
-        if not isinstance(kinds, tuple) or not 1 <= len(kinds) <= _MAX_LAYERS:
-            raise ValueError(f"ffn_kinds: found {kinds!r}, expected a tuple of 1 to {_MAX_LAYERS} layers")
+        if not isinstance(kinds, tuple) or not 1 <= len(kinds) <= MAX_LAYERS:
+            raise ValueError(f"ffn_kinds: found {kinds!r}, expected a tuple of 1 to {MAX_LAYERS} layers")
         for index, kind in enumerate(kinds):
             if kind not in FFN_KINDS:
                 raise ValueError(f"ffn_kinds[{index}]: found {kind!r}, expected one of {FFN_KINDS}")
         experts = len(kinds) * self.num_experts
-        check_at_most("num_layers x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
+        check_at_most("num_layers x num_experts", experts, "the limit", MAX_LAYERS_TIMES_EXPERTS)
 
     def _check_widths(self) -> None:
         check_divides("rope_head_dim", self.rope_head_dim, "the pair size", 2)
@@ -176,22 +161,6 @@ class DeepseekV32Config:
         within = size * self.groups_per_token
         chosen = f"the {within} experts of {self.groups_per_token} groups"
         check_at_most("num_experts_per_tok", self.num_experts_per_tok, chosen, within)
-        if self.rope_scaling is not None:
-            check_at_most(
-                "rope_scaling.original_max_position_embeddings",
-                self.rope_scaling.original_max_position_embeddings,
-                "max_position_embeddings",
-                self.max_position_embeddings,
-            )
-
-    def _check_tokens(self) -> None:
-        eos = self.eos_token_id
-        places = [("bos_token_id", self.bos_token_id)]
-        places += [("eos_token_id", token) for token in (eos if isinstance(eos, tuple) else (eos,))]
-        for name, token in places:
-            if token is not None:
-                check_int(name, token, 0)
-                check_at_most(name, token, "the last token id", self.vocab_size - 1)
 
     @property
     def num_layers(self) -> int:

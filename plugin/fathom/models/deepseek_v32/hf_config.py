@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fathom.models.deepseek_v32.config import DeepseekV32Config, MscaleYarn, mscale_of
-from fathom.models.hub_fields import Fields, parse_file
+from fathom.models.hub_fields import Fields, write_plain
 
 # Hub field -> our field, the plain numbers that must be there.
 _REQUIRED = {
@@ -82,14 +82,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Written for nobody: `transformers` either derives these or does not take them.
 _NOT_WRITTEN = ("mlp_bias", "rope_interleave")
-# Keys that say nothing about the architecture.
-_IGNORED = frozenset(
-    """architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path
-    pad_token_id chunk_size_feed_forward id2label label2id is_encoder_decoder problem_type
-    return_dict output_attentions output_hidden_states output_router_logits router_aux_loss_coef
-    aux_loss_alpha seq_aux ep_size pretraining_tp quantization_config scale_fmt max_batch_size
-    max_seq_len""".split()
-)
+# Keys of these files that say nothing about the architecture.
+_IGNORED = ("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "quantization_config")
 _KIND_OF_TYPE = {"dense": "dense", "sparse": "moe"}
 _TYPE_OF_KIND = {kind: name for name, kind in _KIND_OF_TYPE.items()}
 _LAYER_TYPE = "indexed_attention"
@@ -103,32 +97,13 @@ def read(source: Mapping[str, Any] | str | Path) -> DeepseekV32Config:
         the one number that is out of range.
       OSError: when the file cannot be read.
     """
-    raw, where = (source, "config") if isinstance(source, Mapping) else parse_file(Path(source))
-    fields = Fields(_to_hub_names(raw))
-    ours: dict[str, Any] = {}
-    for name, allowed in _FIXED.items():
-        value = fields.take(name, allowed[0])
-        if type(value) not in map(type, allowed) or value not in allowed:
-            fields.problems.append(f"{name}: found {value!r}, supported {allowed[0]!r} only")
-    for name, our_name in _REQUIRED.items():
-        ours[our_name] = fields.require(name)
-    for name, our_name in _OPTIONAL.items():
-        value = fields.take(name, ...)
-        if value is not ...:
-            ours[our_name] = value
+    fields = Fields(source, _to_hub_names)
+    ours = fields.take_plain(_FIXED, _REQUIRED, _OPTIONAL)
     ours["ffn_kinds"] = _schedule(fields)
     ours["num_mtp_layers"] = fields.take("num_nextn_predict_layers", 0)
     ours |= _rope(fields)
     _derived(fields, ours)
-    unknown = [name for name in fields.leftovers() if name not in _IGNORED]
-    if unknown:
-        fields.problems.append(f"unknown keys: {', '.join(unknown)}")
-    if fields.problems:
-        raise ValueError(f"{where}: not a DeepSeek-V3.2 config Fathom knows: " + "; ".join(fields.problems))
-    try:
-        return DeepseekV32Config(**ours)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    return fields.finish("DeepSeek-V3.2", DeepseekV32Config, ours, _IGNORED)
 
 
 def _to_hub_names(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,20 +160,18 @@ def _schedule(fields: Fields) -> tuple[str, ...]:
 
 def _rope(fields: Fields) -> dict[str, Any]:
     """RoPE given as rope_theta and rope_scaling, or as one rope_parameters."""
-    tables = {name: fields.take(name) for name in ("rope_scaling", "rope_parameters")}
-    for name, value in tables.items():
-        if value is not None and not isinstance(value, Mapping):
-            fields.problems.append(f"{name}: found {value!r}, expected an object or null")
-            return {}
-    parameters = tables["rope_parameters"] or {}
+    tables = fields.take_tables("rope_scaling", "rope_parameters")
+    if tables is None:
+        return {}
+    scaling, parameters = tables
     theta = fields.agree(
         "rope_theta",
         [("rope_theta", fields.take("rope_theta")), ("rope_parameters.rope_theta", parameters.get("rope_theta"))],
     )
     if theta is None:
         fields.problems.append("rope_theta: missing")
-    given = [name for name, value in tables.items() if value]
-    yarns = [_yarn(fields, name, tables[name]) for name in given]
+    places = {"rope_scaling": scaling, "rope_parameters": parameters}
+    yarns = [_yarn(fields, place, table) for place, table in places.items() if table]
     if len(yarns) == 2 and yarns[0] != yarns[1]:
         fields.problems.append("rope_scaling and rope_parameters disagree about YaRN; remove one")
     return {"rope_theta": theta, "rope_scaling": yarns[0] if yarns else None}
@@ -206,31 +179,18 @@ def _rope(fields: Fields) -> dict[str, Any]:
 
 def _yarn(fields: Fields, place: str, table: Mapping[str, Any]) -> MscaleYarn | None:
     """The YaRN numbers of one table, None for plain RoPE."""
-    left = {key: value for key, value in table.items() if value is not None and key != "rope_theta"}
-    kind = fields.agree(f"{place}.type", [(key, left.pop(key, None)) for key in ("type", "rope_type")])
-    if kind in (None, "default"):
-        if left:
-            fields.problems.append(f"{place}: found {sorted(left)} without type 'yarn'")
+    numbers = fields.yarn_numbers(place, table, beside=("rope_theta",))
+    if numbers is None:
         return None
-    if kind != "yarn":
-        fields.problems.append(f"{place}.type: found {kind!r}, expected 'yarn' or 'default'")
-        return None
-    if left.pop("truncate", True) is not True:
+    if numbers.pop("truncate", True) is not True:
         fields.problems.append(f"{place}.truncate: supported True only")
-    partial = left.pop("partial_rotary_factor", 1.0)
+    partial = numbers.pop("partial_rotary_factor", 1.0)
     if partial != 1.0:
         fields.problems.append(f"{place}.partial_rotary_factor: found {partial!r}, supported 1 only")
-    factor = left.pop("attention_factor", None)
-    numbers = {"beta_fast": 32, "beta_slow": 1} | left
-    known = {field.name for field in dataclasses.fields(MscaleYarn)}
-    if set(numbers) != known:
-        # mscale and mscale_all_dim are not guessed: the released code and `transformers` differ where one is missing.
-        fields.problems.append(f"{place}: found keys {sorted(numbers)}, expected {sorted(known)}")
-        return None
-    try:
-        yarn = MscaleYarn(**numbers)
-    except ValueError as error:
-        fields.problems.append(str(error))
+    factor = numbers.pop("attention_factor", None)
+    # mscale and mscale_all_dim are not guessed: the released code and `transformers` differ where one is missing.
+    yarn = fields.make_yarn(place, numbers, MscaleYarn)
+    if yarn is None:
         return None
     amplitude = mscale_of(yarn.factor, yarn.mscale) / mscale_of(yarn.factor, yarn.mscale_all_dim)
     if factor not in (None, amplitude):
@@ -242,6 +202,7 @@ def _yarn(fields: Fields, place: str, table: Mapping[str, Any]) -> MscaleYarn | 
 
 def _derived(fields: Fields, ours: Mapping[str, Any]) -> None:
     """Keys whose values follow from others must have those values."""
+
     def number(name: str) -> int:
         return ours[name] if type(ours[name]) is int else 0
 
@@ -272,9 +233,7 @@ def write(config: DeepseekV32Config) -> dict[str, Any]:
         "use_cache": True,
     }
     hub |= {name: values[0] for name, values in _FIXED.items() if name not in _NOT_WRITTEN}
-    for name, our_name in (_REQUIRED | _OPTIONAL).items():
-        value = getattr(config, our_name)
-        hub[name] = list(value) if isinstance(value, tuple) else value
+    hub |= write_plain(config, _REQUIRED | _OPTIONAL)
     if config.rope_scaling is not None:
         hub["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(config.rope_scaling)}
     dense = config.ffn_kinds.count("dense")

@@ -75,10 +75,14 @@ def expanded(latents: Latents) -> tuple[jax.Array, jax.Array, jax.Array]:
     return query, jnp.concatenate([keys, k_rope], axis=-1), contract("btr,rnv->btnv", c, w_v)
 
 
+def absorbed_queries(q_nope_BSNH: jax.Array, q_rope_BSNP: jax.Array, w_k_RNH: jax.Array) -> jax.Array:
+    """Queries [B, S, N, R + P] against the latents themselves."""
+    return jnp.concatenate([contract("bsnh,rnh->bsnr", q_nope_BSNH, w_k_RNH), q_rope_BSNP], axis=-1)
+
+
 def absorbed(latents: Latents) -> tuple[jax.Array, jax.Array]:
     """Queries [B, S, N, R + P] and the keys [B, T, R + P] of all heads, whose first R channels are the values."""
-    query = contract("bsnh,rnh->bsnr", latents.q_nope_BSNH, latents.w_k_RNH)
-    query = jnp.concatenate([query, latents.q_rope_BSNP], axis=-1)
+    query = absorbed_queries(latents.q_nope_BSNH, latents.q_rope_BSNP, latents.w_k_RNH)
     return query, jnp.concatenate([latents.c_BTR, latents.k_rope_BTP], axis=-1)
 
 
@@ -143,14 +147,34 @@ def _log_choice(implementation: str, form: str, length: int, why: str) -> None:
     logger.info("latent attention: %s version, %s form for %d tokens (%s)", implementation, form, length, why)
 
 
-def choose(latents: Latents, selection: Selection, *, implementation: str, form: str) -> tuple[str, str]:
-    """(implementation, form) with "auto" replaced by the rules in this file's header.
+class Sizes(NamedTuple):
+    """What the rules look at: T latents; widths R, P, H, V."""
+
+    length: int
+    rank: int
+    rope: int
+    nope: int
+    value: int
+
+
+def sizes_of(latents_BTR: jax.Array, w_kv_RNW: jax.Array, nope: int) -> Sizes:
+    """Of latents [c ; r], [B, T, R + P], and their kernels, [R, N, H + V]."""
+    rank, _, width = w_kv_RNW.shape
+    return Sizes(latents_BTR.shape[1], rank, latents_BTR.shape[2] - rank, nope, width - nope)
+
+
+class Chosen(NamedTuple):
+    implementation: str
+    form: str
+
+
+def choose(sizes: Sizes, selection: Selection, *, implementation: str, form: str) -> Chosen:
+    """Implementation and form with "auto" replaced by the rules in this file's header.
 
     Raises:
       ValueError: for an unknown implementation or form, and for "gathered" in the expanded form.
     """
-    length, listed = latents.c_BTR.shape[1], isinstance(selection, Selected)
-    asked = f"asked for: {implementation}, {form}"
+    listed, asked = isinstance(selection, Selected), f"asked for: {implementation}, {form}"
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"unknown latent attention implementation {implementation!r}; expected 'auto' or one of {IMPLEMENTATIONS}"
@@ -161,9 +185,9 @@ def choose(latents: Latents, selection: Selection, *, implementation: str, form:
             "and not 'expanded' for 'gathered'"
         )
     if implementation == "auto":
-        if length <= FUSED_LENGTH:
+        if sizes.length <= FUSED_LENGTH:
             implementation = "fused"
-        elif form == "absorbed" or (form == "auto" and listed and _gathering_is_cheaper(latents, selection)):
+        elif form == "absorbed" or (form == "auto" and listed and _gathering_is_cheaper(sizes, selection)):
             implementation = "gathered"
         else:
             implementation = "masked"
@@ -171,15 +195,13 @@ def choose(latents: Latents, selection: Selection, *, implementation: str, form:
         form = "absorbed" if implementation == "gathered" else "expanded"
     if implementation == "gathered" and not listed:
         implementation = "masked"
-    _log_choice(implementation, form, length, asked)
-    return implementation, form
+    _log_choice(implementation, form, sizes.length, asked)
+    return Chosen(implementation, form)
 
 
-def _gathering_is_cheaper(latents: Latents, selection: Selected) -> bool:
-    rank, _, value = latents.w_v_RNV.shape
-    nope, rope = latents.w_k_RNH.shape[-1], latents.k_rope_BTP.shape[-1]
-    selected = selection.indices_BSK.shape[-1]
-    return selected * (2 * rank + rope) < latents.c_BTR.shape[1] * (nope + rope + value)
+def _gathering_is_cheaper(sizes: Sizes, selection: Selected) -> bool:
+    per_token = sizes.nope + sizes.rope + sizes.value
+    return selection.indices_BSK.shape[-1] * (2 * sizes.rank + sizes.rope) < sizes.length * per_token
 
 
 def latent_attention(
@@ -208,8 +230,11 @@ def latent_attention(
     Raises:
       ValueError: see `choose`.
     """
-    implementation, form = choose(latents, selection, implementation=implementation, form=form)
     rank, length = latents.w_v_RNV.shape[0], latents.c_BTR.shape[1]
+    widths = latents.k_rope_BTP.shape[2], latents.w_k_RNH.shape[2], latents.w_v_RNV.shape[2]
+    implementation, form = choose(
+        Sizes(length, rank, *widths), selection, implementation=implementation, form=form
+    )
     if form == "expanded":
         equations, (query, keys, values) = _PER_HEAD, expanded(latents)
     else:

@@ -7,6 +7,7 @@ key-values, turned back on the output; grouped low-rank output projection (READM
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from fathom.layers.documents import Documents, Windows
-from fathom.layers.indexer import BaseIndexer, Choice, indexer_loss
-from fathom.layers.linear import Linear
+from fathom.layers.indexer import NO_CHOICE, BaseIndexer, Choice, TeacherParts
+from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.mesh import constrain
+from fathom.layers.shards import KEYS, QUERIES, START, Place, Shard, per_device
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.ops.indexer_kl import Teacher
+from fathom.ops.chunked_layer import LAYER_CHUNK, attend_in_chunks
 from fathom.ops.quantization import hadamard, simulate_fp4, simulate_fp8
-from fathom.ops.selection import VisibleRange
+from fathom.ops.selection import Selection, VisibleRange
 from fathom.ops.sparse_mqa import banded_sparse_mqa
 
 KV_QUANT_BLOCK = 64
@@ -51,6 +52,15 @@ class LayerInputs:
     windows: dict[int, Windows]
     rope: dict[str, Tables]
     entry_rope: dict[int, Tables]
+
+    def kinds(self) -> LayerInputs:
+        """The same tree with each array's kind, see layers/shards.py."""
+        queries = jax.tree.map(lambda _: QUERIES, self)
+        windows = {
+            ratio: dataclasses.replace(w, closing_BE=KEYS, start_BE=KEYS) for ratio, w in queries.windows.items()
+        }
+        entry_rope = jax.tree.map(lambda _: KEYS, self.entry_rope)
+        return dataclasses.replace(queries, windows=windows, entry_rope=entry_rope)
 
 
 def make_layer_inputs(
@@ -117,13 +127,15 @@ class Indexer(BaseIndexer):
         windows = inputs.windows[self.compressor.ratio]
         return VisibleRange(windows.begin_BS, windows.end_BS), windows.num_entries
 
-    def rotate_queries(self, q_BSNH: jax.Array, inputs: LayerInputs) -> jax.Array:
-        cos, sin = inputs.rope["compress"]
-        return apply_rope(q_BSNH, (cos[:, :, None], sin[:, :, None]))
+    def tables(self, inputs: LayerInputs) -> Tables:
+        return inputs.rope["compress"]
 
-    def keys(self, x_BSD: jax.Array, inputs: LayerInputs) -> jax.Array:
+    def rotate(self, x: jax.Array, tables: Tables) -> jax.Array:
+        return apply_rope(x, tables)
+
+    def keys(self, x_BSD: jax.Array, inputs: LayerInputs, place: Place = START) -> jax.Array:
         ratio = self.compressor.ratio
-        return apply_rope(self.compressor(x_BSD, inputs.windows[ratio]), inputs.entry_rope[ratio])
+        return apply_rope(self.compressor(x_BSD, inputs.windows[ratio], place), inputs.entry_rope[ratio])
 
     def simulate(self, x: jax.Array) -> jax.Array:
         return simulate_fp4(hadamard(x), INDEX_QUANT_BLOCK)
@@ -181,56 +193,88 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> [B, S, D], 0 for a padding token; and the indexer's loss, a float32 sum over queries."""
+        return per_device(self, Attention.on_device, x_BSD, inputs, inputs.kinds())
+
+    def on_device(self, shard: Shard, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
+        """`__call__` on one device's tokens and heads."""
         c = self.config
-        rope = inputs.rope["main" if self.kind == "sliding" else "compress"]
-        head_rope = (rope[0][:, :, None], rope[1][:, :, None])
         qr = self.q_norm(self.wq_a.contract("bsd,dr->bsr", x_BSD))
-        q = self.wq_b.contract("bsr,rnh->bsnh", qr)
-        q = apply_rope(rms_normalize(q, c.rms_norm_eps), head_rope)
-        q = constrain(q, ("act_batch", "act_sequence", "act_heads", None))
-        kv = apply_rope(self.kv_norm(self.wkv.contract("bsd,dh->bsh", x_BSD)), rope)
-        entries, choice = self._compressed(x_BSD, qr, inputs)
-        scale = c.head_dim**-0.5
-        out, lse = banded_sparse_mqa(
-            q,
-            self._simulate_kv(kv),
-            self.sink[...],
-            inputs.documents.band(c.sliding_window),
-            entries,
-            choice.selection,
-            scale=scale,
+        kv = apply_rope(self.kv_norm(self.wkv.contract("bsd,dh->bsh", x_BSD)), self._tables(inputs))
+        kv = self._simulate_kv(kv)
+        place, earlier = self._place(shard, x_BSD, kv, inputs)
+        entries, choice = self._compressed(x_BSD, qr, inputs, place)
+        y, lse = self._attend(qr, kv, earlier, entries, choice.selection, inputs, place)
+        loss = jnp.zeros((), jnp.float32)
+        if choice.k_BEH is not None:
+            weights = jax.lax.stop_gradient(self.wq_b.weight[...])
+            make_queries = functools.partial(_make_queries, c.rms_norm_eps, {"wq_b": weights})
+            teacher = TeacherParts(make_queries, (qr, self._tables(inputs)), entries, lse, c.head_dim**-0.5)
+            loss = self.indexer.loss(choice, x_BSD, qr, inputs, teacher, place)
+        return shard.sum_heads(y).astype(x_BSD.dtype), shard.sum_tokens(loss)
+
+    def _tables(self, inputs: LayerInputs) -> Tables:
+        return inputs.rope["main" if self.kind == "sliding" else "compress"]
+
+    def _place(
+        self, shard: Shard, x_BSD: jax.Array, kv_BSH: jax.Array, inputs: LayerInputs
+    ) -> tuple[Place, jax.Array | None]:
+        """Where the tokens stand, with the hidden states before them that compressors pool; and the key-values before
+        them that the band reaches, None for a whole row."""
+        place = Place(shard, None, self.options.stretch or LAYER_CHUNK)
+        if shard.count == 1:
+            return place, None
+        reach = 0
+        if self.kind != "sliding":
+            reach = self.compressor.reach(x_BSD.shape[1], inputs.windows[self.ratio], place)
+        before, earlier = shard.before((x_BSD, kv_BSH), (reach, self.config.sliding_window - 1))
+        return place._replace(before_BLD=before), earlier
+
+    def _attend(
+        self,
+        qr_BSR: jax.Array,
+        kv_BSH: jax.Array,
+        earlier_BWH: jax.Array | None,
+        entries_BEH: jax.Array | None,
+        selection: Selection,
+        inputs: LayerInputs,
+        place: Place,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The attention's output projected, [B, S, D], and its log-sum-exp; of a long sequence in stretches."""
+        c = self.config
+        weights = {name: getattr(self, name).weight[...] for name in ("wq_b", "wo_a", "wo_b")}
+        dtype = jnp.float32 if place.shard.heads else qr_BSR.dtype
+        queries = functools.partial(_make_queries, c.rms_norm_eps)
+        project = functools.partial(_project_output, jnp.dtype(dtype))
+        parts = qr_BSR, self._tables(inputs)
+        band = inputs.documents.band(c.sliding_window)
+        common = dict(
+            scale=c.head_dim**-0.5,
             window=c.sliding_window,
+            earlier_BWH=earlier_BWH,
             implementation=self.options.attention,
             query_chunk=self.options.query_chunk,
-            return_lse=True,
         )
-        loss = indexer_loss(choice, Teacher(q, entries, lse, scale), self.options.query_chunk)
-        out = apply_rope(checkpoint_name(out, "attention"), head_rope, inverse=True)
-        groups = out.reshape(*out.shape[:2], c.o_groups, -1)
-        return self.wo_b.contract("bsgo,god->bsd", self._project_groups(groups)), loss
-
-    def _project_groups(self, groups_BSGK: jax.Array) -> jax.Array:
-        """Each group of heads through its own matrix: [B, S, G, O]."""
-        if groups_BSGK.dtype == jnp.float32:
-            return self.wo_a.contract("bsgk,gko->bsgo", groups_BSGK)
-        # Groups first: XLA's CPU has no bfloat16 product whose batch dimension stands elsewhere.
-        latent = self.wo_a.contract("gbsk,gko->gbso", jnp.moveaxis(groups_BSGK, 2, 0))
-        return jnp.moveaxis(latent, 0, 2)
+        attended = kv_BSH, self.sink[...], band, entries_BEH, selection
+        if qr_BSR.shape[1] > place.stretch and self.options.attention != "reference":
+            made = attend_in_chunks(queries, project, weights, parts, *attended, layer_chunk=place.stretch, **common)
+            return checkpoint_name(made, "attention")
+        out, lse = banded_sparse_mqa(queries(weights, parts), *attended, return_lse=True, **common)
+        return project(weights, parts, checkpoint_name(out, "attention")), lse
 
     def _compressed(
-        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs
+        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs, place: Place = START
     ) -> tuple[jax.Array | None, Choice]:
-        """The layer's compressed entries and which of them each query sees."""
+        """The row's compressed entries and which of them each query sees."""
         if self.kind == "sliding":
-            return None, Choice(None, None)
+            return None, NO_CHOICE
         windows = inputs.windows[self.ratio]
         if windows.num_entries == 0:
-            return None, Choice(None, None)
-        entries = apply_rope(self.compressor(x_BSD, windows), inputs.entry_rope[self.ratio])
+            return None, NO_CHOICE
+        entries = apply_rope(self.compressor(x_BSD, windows, place), inputs.entry_rope[self.ratio])
         entries = self._simulate_kv(entries)
         if self.kind == "hca":
             return entries, Choice(VisibleRange(windows.begin_BS, windows.end_BS), None)
-        return entries, self.indexer(x_BSD, qr_BSR, inputs)
+        return entries, self.indexer(x_BSD, qr_BSR, inputs, place)
 
     def _simulate_kv(self, kv: jax.Array) -> jax.Array:
         """FP8 rounding of the channels without RoPE, as the released cache stores them."""
@@ -239,3 +283,25 @@ class Attention(nnx.Module):
         plain = self.config.head_dim - self.config.rope_head_dim
         rounded = simulate_fp8(kv[..., :plain], KV_QUANT_BLOCK)
         return jnp.concatenate([rounded, kv[..., plain:]], axis=-1)
+
+
+def _make_queries(eps: float, weights: dict[str, jax.Array], parts: tuple[jax.Array, Tables]) -> jax.Array:
+    """Queries [B, S, N, H] of a stretch, rotated, from its low-rank queries."""
+    qr_BSR, (cos, sin) = parts
+    q = rms_normalize(contract("bsr,rnh->bsnh", qr_BSR, weights["wq_b"]), eps)
+    return apply_rope(q, (cos[:, :, None], sin[:, :, None]))
+
+
+def _project_output(
+    dtype: jnp.dtype, weights: dict[str, jax.Array], parts: tuple[jax.Array, Tables], out_BSNH: jax.Array
+) -> jax.Array:
+    """The attention's output turned back and through each group's matrix and the common one: [B, S, D]."""
+    _, (cos, sin) = parts
+    out = apply_rope(out_BSNH, (cos[:, :, None], sin[:, :, None]), inverse=True)
+    groups = out.reshape(*out.shape[:2], weights["wo_a"].shape[0], -1)
+    if groups.dtype == jnp.float32:
+        latent = contract("bsgk,gko->bsgo", groups, weights["wo_a"])
+    else:
+        # Groups first: XLA's CPU has no bfloat16 product whose batch dimension stands elsewhere.
+        latent = jnp.moveaxis(contract("gbsk,gko->gbso", jnp.moveaxis(groups, 2, 0), weights["wo_a"]), 0, 2)
+    return contract("bsgo,god->bsd", latent, weights["wo_b"], dtype)

@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from fathom.models.config_parts import (
+    MAX_LAYERS,
+    MAX_LAYERS_TIMES_EXPERTS,
     LayerPlan,
     YarnScaling,
     check_at_most,
     check_divides,
     check_int,
-    check_real,
+    check_tokens,
+    check_yarn_length,
     plan_layers,
+    set_part,
+    set_reals,
+    set_tuples,
 )
 
 ATTENTION_KINDS = ("sliding", "csa", "hca")
 ROUTER_KINDS = ("hash", "learned")
 MTP_KINDS = ("mtp", "dspark")
 EXPERT_DTYPES = ("fp4", "fp8", None)
-
-# Bounds far above any released model, so that a damaged or hostile config is refused here and not
-# by the machine's memory.
-_MAX_LAYERS = 4096
-_MAX_LAYERS_TIMES_EXPERTS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,48 +146,30 @@ class DeepseekV4Config:
     eos_token_id: int | tuple[int, ...] | None = 1
 
     def __post_init__(self) -> None:
-        self._normalise()
+        set_tuples(self, ("attention_kinds", "compress_ratios", "router_kinds", "eos_token_id"))
+        set_part(self, "rope_scaling", YarnScaling)
+        set_part(self, "dspark", DsparkConfig)
         for name in _POSITIVE_INTS:
             check_int(name, getattr(self, name), 1)
-        for name in _POSITIVE_REALS:
-            object.__setattr__(self, name, self._real(name))
+        set_reals(self, _POSITIVE_REALS)
         check_int("num_mtp_layers", self.num_mtp_layers, 0)
         self._check_layers()
         self._check_widths()
+        check_yarn_length(self)
         self._check_rest()
-
-    def _normalise(self) -> None:
-        """Lists and dicts, as a recipe's override gives them, become tuples and dataclasses."""
-        for name in ("attention_kinds", "compress_ratios", "router_kinds", "eos_token_id"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, kind in (("rope_scaling", YarnScaling), ("dspark", DsparkConfig)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                known = {field.name for field in dataclasses.fields(kind)}
-                if set(value) != known:
-                    raise ValueError(
-                        f"{name}: found keys {sorted(value)}, expected {sorted(known)}"
-                    )
-                object.__setattr__(self, name, kind(**value))
-            elif value is not None and not isinstance(value, kind):
-                raise ValueError(f"{name}: found {value!r}, expected a {kind.__name__} or None")
-
-    def _real(self, name: str) -> float:
-        check_real(name, getattr(self, name), above=0)
-        return float(getattr(self, name))
+        check_tokens(self)
 
     def _check_layers(self) -> None:
         for name in ("attention_kinds", "compress_ratios", "router_kinds"):
             if not isinstance(getattr(self, name), tuple):
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected a tuple")
         count = len(self.attention_kinds)
-        if not 1 <= count <= _MAX_LAYERS:
-            raise ValueError(f"attention_kinds: {count} layers, expected 1 to {_MAX_LAYERS}")
+        if not 1 <= count <= MAX_LAYERS:
+            raise ValueError(f"attention_kinds: {count} layers, expected 1 to {MAX_LAYERS}")
         blocks = count + self.num_mtp_layers
-        check_at_most("num_layers + num_mtp_layers", blocks, "the limit", _MAX_LAYERS)
+        check_at_most("num_layers + num_mtp_layers", blocks, "the limit", MAX_LAYERS)
         experts = blocks * self.num_experts
-        check_at_most("(num_layers + num_mtp_layers) x num_experts", experts, "the limit", _MAX_LAYERS_TIMES_EXPERTS)
+        check_at_most("(num_layers + num_mtp_layers) x num_experts", experts, "the limit", MAX_LAYERS_TIMES_EXPERTS)
         for name in ("compress_ratios", "router_kinds"):
             if len(getattr(self, name)) != count:
                 raise ValueError(
@@ -224,14 +207,6 @@ class DeepseekV4Config:
         check_at_most(
             "num_experts_per_tok", self.num_experts_per_tok, "num_experts", self.num_experts
         )
-        yarn = self.rope_scaling
-        if yarn is not None:
-            check_at_most(
-                "rope_scaling.original_max_position_embeddings",
-                yarn.original_max_position_embeddings,
-                "max_position_embeddings",
-                self.max_position_embeddings,
-            )
 
     def _check_rest(self) -> None:
         if self.mtp_kind not in MTP_KINDS:
@@ -250,16 +225,6 @@ class DeepseekV4Config:
             raise ValueError(
                 f"expert_dtype: found {self.expert_dtype!r}, expected one of {EXPERT_DTYPES}"
             )
-        eos = self.eos_token_id
-        for name, ids in (
-            ("bos_token_id", (self.bos_token_id,)),
-            ("eos_token_id", eos if isinstance(eos, tuple) else (eos,)),
-        ):
-            for token in ids:
-                if token is None:
-                    continue
-                check_int(name, token, 0)
-                check_at_most(name, token, "the last token id", self.vocab_size - 1)
 
     def require_plain_mtp(self) -> None:
         """Raises ValueError for DSpark's blocks, whose structure this model does not have."""

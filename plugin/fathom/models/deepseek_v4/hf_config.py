@@ -17,7 +17,7 @@ from fathom.models.deepseek_v4.config import (
     DsparkConfig,
     kinds_of_ratios,
 )
-from fathom.models.hub_fields import Fields, parse_file
+from fathom.models.hub_fields import Fields, write_plain
 
 # Hub field -> our field, the plain numbers that must be there.
 _REQUIRED = {
@@ -79,13 +79,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "router_jitter_noise": (0.0, 0),
     "tie_word_embeddings": (False,),
 }
-# Keys that say nothing about the architecture.
-_IGNORED = frozenset(
-    """architectures auto_map dtype torch_dtype transformers_version use_cache _name_or_path
-    pad_token_id chunk_size_feed_forward id2label label2id is_encoder_decoder problem_type
-    return_dict output_attentions output_hidden_states output_router_logits router_aux_loss_coef
-    scale_fmt max_batch_size max_seq_len""".split()
-)
 _KIND_OF_TYPE = {
     "sliding_attention": "sliding",
     "compressed_sparse_attention": "csa",
@@ -105,34 +98,12 @@ def read(source: Mapping[str, Any] | str | Path) -> DeepseekV4Config:
         once; or naming the one number that is out of range.
       OSError: when the file cannot be read.
     """
-    raw, where = (source, "config") if isinstance(source, Mapping) else parse_file(Path(source))
-    fields = Fields(_to_hub_names(raw))
-    ours: dict[str, Any] = {}
-    for name, allowed in _FIXED.items():
-        value = fields.take(name, allowed[0])
-        if type(value) not in map(type, allowed) or value not in allowed:
-            fields.problems.append(f"{name}: found {value!r}, supported {allowed[0]!r} only")
-    for name, our_name in _REQUIRED.items():
-        ours[our_name] = fields.require(name)
-    for name, our_name in _OPTIONAL.items():
-        value = fields.take(name, ...)
-        if value is not ...:
-            ours[our_name] = value
+    fields = Fields(source, _to_hub_names)
+    ours = fields.take_plain(_FIXED, _REQUIRED, _OPTIONAL)
     ours |= _schedule(fields)
     ours |= _rope(fields, ours["head_dim"])
     ours["expert_dtype"] = _expert_dtype(fields)
-    unknown = [name for name in fields.leftovers() if name not in _IGNORED]
-    if unknown:
-        fields.problems.append(f"unknown keys: {', '.join(unknown)}")
-    if fields.problems:
-        raise ValueError(
-            f"{where}: not a DeepSeek-V4 config Fathom knows: " + "; ".join(fields.problems)
-        )
-    try:
-        return DeepseekV4Config(**ours)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
+    return fields.finish("DeepSeek-V4", DeepseekV4Config, ours)
 
 
 def _to_hub_names(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -298,13 +269,12 @@ def _mtp(fields: Fields, trailing: int) -> dict[str, Any]:
 def _rope(fields: Fields, head_dim: Any) -> dict[str, Any]:
     """RoPE given flat (rope_theta, compress_rope_theta, rope_scaling) or nested (main,
     compress)."""
-    scaling, parameters = fields.take("rope_scaling"), fields.take("rope_parameters")
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        if value is not None and not isinstance(value, Mapping):
-            fields.problems.append(f"{name}: found {value!r}, expected an object or null")
-            return {}
+    tables = fields.take_tables("rope_scaling", "rope_parameters")
+    if tables is None:
+        return {}
+    scaling, parameters = tables
     main, compress, flat_theta = {}, {}, None
-    if parameters and ("main" in parameters or "compress" in parameters):
+    if "main" in parameters or "compress" in parameters:
         main, compress = parameters.get("main"), parameters.get("compress")
         if set(parameters) != {"main", "compress"} or not (
             isinstance(main, Mapping) and isinstance(compress, Mapping)
@@ -316,11 +286,11 @@ def _rope(fields: Fields, head_dim: Any) -> dict[str, Any]:
             return {}
         if _yarn(fields, "rope_parameters.main", main) is not None:
             fields.problems.append("rope_parameters.main: found YaRN, expected plain RoPE there")
-    elif parameters:
+    else:
         compress = {key: value for key, value in parameters.items() if key != "rope_theta"}
         flat_theta = parameters.get("rope_theta")
     yarns = [
-        ("rope_scaling", _yarn(fields, "rope_scaling", scaling or {})),
+        ("rope_scaling", _yarn(fields, "rope_scaling", scaling)),
         ("rope_parameters", _yarn(fields, "rope_parameters", compress)),
     ]
     ours = {"rope_scaling": fields.agree("YaRN", yarns)}
@@ -365,34 +335,15 @@ def _rope_width(fields: Fields, head_dim: Any, factors: list[Any]) -> int | None
 
 def _yarn(fields: Fields, place: str, table: Mapping[str, Any]) -> YarnScaling | None:
     """The YaRN numbers of one rope table, None for plain RoPE."""
-    left = {key: value for key, value in table.items() if value is not None}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        left.pop(key, None)
-    kind = fields.agree(
-        f"{place}.type", [(key, left.pop(key, None)) for key in ("type", "rope_type")]
-    )
-    if kind in (None, "default"):
-        if left:
-            fields.problems.append(f"{place}: found {sorted(left)} without type 'yarn'")
-        return None
-    if kind != "yarn":
-        fields.problems.append(f"{place}.type: found {kind!r}, expected 'yarn' or 'default'")
+    numbers = fields.yarn_numbers(place, table, beside=("rope_theta", "partial_rotary_factor"))
+    if numbers is None:
         return None
     # The reference scales neither cosines nor logits, whatever YaRN's usual formula says.
     for key, only in (("attention_factor", 1), ("truncate", True)):
-        value = left.pop(key, only)
+        value = numbers.pop(key, only)
         if value != only:
             fields.problems.append(f"{place}.{key}: found {value!r}, supported {only!r} only")
-    numbers = {"beta_fast": 32, "beta_slow": 1} | left
-    known = {field.name for field in dataclasses.fields(YarnScaling)}
-    if set(numbers) != known:
-        fields.problems.append(f"{place}: found keys {sorted(numbers)}, expected {sorted(known)}")
-        return None
-    try:
-        return YarnScaling(**numbers)
-    except ValueError as error:
-        fields.problems.append(str(error))
-        return None
+    return fields.make_yarn(place, numbers, YarnScaling)
 
 
 def _expert_dtype(fields: Fields) -> str | None:
@@ -425,17 +376,13 @@ def write(config: DeepseekV4Config) -> dict[str, Any]:
         "use_cache": True,
     }
     hub |= {name: values[0] for name, values in _FIXED.items() if name not in _TRANSFORMERS_ONLY}
-    for name, our_name in (_REQUIRED | _OPTIONAL).items():
-        value = getattr(config, our_name)
-        hub[name] = list(value) if isinstance(value, tuple) else value
+    hub |= write_plain(config, _REQUIRED | _OPTIONAL)
     if config.rope_scaling is not None:
         hub["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(config.rope_scaling)}
     if config.expert_dtype is not None:
         hub["expert_dtype"] = config.expert_dtype
     if config.dspark is not None:
-        for name, our_name in _DSPARK_KEYS.items():
-            value = getattr(config.dspark, our_name)
-            hub[name] = list(value) if isinstance(value, tuple) else value
+        hub |= write_plain(config.dspark, _DSPARK_KEYS)
     return hub | _write_schedule(config)
 
 

@@ -1,7 +1,7 @@
 """DeepSeek-V4's weights on the Hub and in Fathom: one table, and the other spellings of its names.
 
 Native Hub names are DeepSeek's own (`layers.0.attn.wq_a.weight`). Hub matrices are [out, in], ours
-[in, out...]. Letters as in `config.py`'s attributes: n streams, E experts, F expert width, m ratio.
+[in, out...]. Letters as in `hub_rows.py`, and n streams.
 """
 
 from __future__ import annotations
@@ -14,26 +14,23 @@ import numpy as np
 
 from fathom.hub import HubTensor, Layout
 from fathom.models.deepseek_v4.config import DeepseekV4Config
+from fathom.models.hub_rows import (
+    Path,
+    Piece,
+    Row,
+    experts,
+    fused_pieces,
+    heads,
+    layer_place,
+    linear,
+    norm,
+    place,
+    same,
+    split,
+    swiglu,
+)
 
-Path = tuple[str | int, ...]
-# Rows of a table: (Hub name, path, Hub shape, storage, layout), names and paths relative to a
-# block.
-Row = tuple[str, Path, tuple[int, ...], str, Layout]
-
-
-def _same(name: str, path: Path, storage: str, *shape: int) -> Row:
-    """Stored as it is used."""
-    return name, path, shape, storage, Layout(shape, tuple(range(len(shape))))
-
-
-def _matrix(name: str, path: Path, storage: str, out: int, inner: int) -> Row:
-    """Hub [out, in] -> [in, out]."""
-    return name, path, (out, inner), storage, Layout((out, inner), (1, 0))
-
-
-def _heads(name: str, path: Path, heads: int, width: int, inner: int) -> Row:
-    """Hub [N*H, R] -> [R, N, H]."""
-    return name, path, (heads * width, inner), "fp8", Layout((heads, width, inner), (2, 0, 1))
+_SWIGLU = ("w1", "w2", "w3")
 
 
 def _hyper_connection(hub: str, ours: str, rows: int, scales: int, n: int, dim: int) -> list[Row]:
@@ -41,36 +38,34 @@ def _hyper_connection(hub: str, ours: str, rows: int, scales: int, n: int, dim: 
     prefix."""
     fn = Layout((rows, n, dim), (0, 1, 2))
     return [
-        (f"{hub}_fn", (ours, "fn"), (rows, n * dim), "f32", fn),
-        _same(f"{hub}_base", (ours, "base"), "f32", rows),
-        _same(f"{hub}_scale", (ours, "scale"), "f32", scales),
+        Row(f"{hub}_fn", (ours, "fn"), (rows, n * dim), "f32", fn),
+        same(f"{hub}_base", (ours, "base"), "f32", rows),
+        same(f"{hub}_scale", (ours, "scale"), "f32", scales),
     ]
 
 
 def _compressor(hub: str, ours: Path, dim: int, width: int, ratio: int, overlap: bool) -> list[Row]:
     wide = 2 * width if overlap else width
     return [
-        _same(f"{hub}.ape", (*ours, "ape"), "f32", ratio, wide),
-        _same(f"{hub}.norm.weight", (*ours, "norm", "weight"), "bf16", width),
-        _matrix(f"{hub}.wkv.weight", (*ours, "wkv", "weight"), "bf16", wide, dim),
-        _matrix(f"{hub}.wgate.weight", (*ours, "wgate", "weight"), "bf16", wide, dim),
+        same(f"{hub}.ape", (*ours, "ape"), "f32", ratio, wide),
+        norm(f"{hub}.norm", (*ours, "norm"), width),
+        linear(f"{hub}.wkv", (*ours, "wkv"), "bf16", wide, dim),
+        linear(f"{hub}.wgate", (*ours, "wgate"), "bf16", wide, dim),
     ]
 
 
 def _attention(c: DeepseekV4Config, kind: str, ratio: int) -> list[Row]:
     dim, rank, groups, low = c.hidden_size, c.q_lora_rank, c.o_groups, c.o_lora_rank
     per_group = c.num_heads * c.head_dim // groups
-    wo_a = Layout((groups, low, per_group), (0, 2, 1))
-    wo_b = Layout((dim, groups, low), (1, 2, 0))
     rows = [
-        _matrix("attn.wq_a.weight", ("attn", "wq_a", "weight"), "fp8", rank, dim),
-        _same("attn.q_norm.weight", ("attn", "q_norm", "weight"), "bf16", rank),
-        _heads("attn.wq_b.weight", ("attn", "wq_b", "weight"), c.num_heads, c.head_dim, rank),
-        _matrix("attn.wkv.weight", ("attn", "wkv", "weight"), "fp8", c.head_dim, dim),
-        _same("attn.kv_norm.weight", ("attn", "kv_norm", "weight"), "bf16", c.head_dim),
-        _same("attn.attn_sink", ("attn", "sink"), "f32", c.num_heads),
-        ("attn.wo_a.weight", ("attn", "wo_a", "weight"), (groups * low, per_group), "fp8", wo_a),
-        ("attn.wo_b.weight", ("attn", "wo_b", "weight"), (dim, groups * low), "fp8", wo_b),
+        linear("attn.wq_a", ("attn", "wq_a"), "fp8", rank, dim),
+        norm("attn.q_norm", ("attn", "q_norm"), rank),
+        heads("attn.wq_b", ("attn", "wq_b"), c.num_heads, c.head_dim, rank),
+        linear("attn.wkv", ("attn", "wkv"), "fp8", c.head_dim, dim),
+        norm("attn.kv_norm", ("attn", "kv_norm"), c.head_dim),
+        same("attn.attn_sink", ("attn", "sink"), "f32", c.num_heads),
+        split("attn.wo_a", ("attn", "wo_a"), (groups * low, per_group), (groups, low, per_group), (0, 2, 1)),
+        split("attn.wo_b", ("attn", "wo_b"), (dim, groups * low), (dim, groups, low), (1, 2, 0)),
     ]
     if kind == "sliding":
         return rows
@@ -78,74 +73,34 @@ def _attention(c: DeepseekV4Config, kind: str, ratio: int) -> list[Row]:
     rows += _compressor("attn.compressor", ("attn", "compressor"), dim, c.head_dim, ratio, overlap)
     if kind == "csa":
         hub, ours = "attn.indexer", ("attn", "indexer")
-        heads, width = c.index_num_heads, c.index_head_dim
         rows += [
-            _heads(f"{hub}.wq_b.weight", (*ours, "wq_b", "weight"), heads, width, rank),
-            _matrix(
-                f"{hub}.weights_proj.weight", (*ours, "weights_proj", "weight"), "bf16", heads, dim
-            ),
+            heads(f"{hub}.wq_b", (*ours, "wq_b"), c.index_num_heads, c.index_head_dim, rank),
+            linear(f"{hub}.weights_proj", (*ours, "weights_proj"), "bf16", c.index_num_heads, dim),
         ]
-        rows += _compressor(f"{hub}.compressor", (*ours, "compressor"), dim, width, ratio, True)
+        rows += _compressor(f"{hub}.compressor", (*ours, "compressor"), dim, c.index_head_dim, ratio, True)
     return rows
 
 
 def _block(c: DeepseekV4Config, kind: str, ratio: int, router: str) -> list[Row]:
-    """Everything of a layer but its routed experts."""
-    dim, n = c.hidden_size, c.hc_mult
+    """Every weight of a layer."""
+    dim, n, width = c.hidden_size, c.hc_mult, c.moe_intermediate_size
     mixes = (2 + n) * n
-    shared = c.moe_intermediate_size * c.num_shared_experts
-    rows = [
-        _same("attn_norm.weight", ("attn_norm", "weight"), "bf16", dim),
-        _same("ffn_norm.weight", ("ffn_norm", "weight"), "bf16", dim),
+    if router == "hash":
+        table = (c.vocab_size, c.num_experts_per_tok)
+        choice = same("ffn.gate.tid2eid", ("ffn", "router", "tid2eid"), "i64", *table, limit=c.num_experts)
+    else:
+        choice = same("ffn.gate.bias", ("ffn", "router", "bias"), "f32", c.num_experts)
+    return [
+        norm("attn_norm", ("attn_norm",), dim),
+        norm("ffn_norm", ("ffn_norm",), dim),
         *_hyper_connection("hc_attn", "attn_hc", mixes, 3, n, dim),
         *_hyper_connection("hc_ffn", "ffn_hc", mixes, 3, n, dim),
         *_attention(c, kind, ratio),
-        _matrix("ffn.gate.weight", ("ffn", "router", "weight"), "bf16", c.num_experts, dim),
+        linear("ffn.gate", ("ffn", "router"), "bf16", c.num_experts, dim),
+        choice,
+        *swiglu("ffn.shared_experts", ("ffn", "shared"), _SWIGLU, "fp8", dim, width * c.num_shared_experts),
+        *experts("ffn.experts", ("ffn", "experts"), _SWIGLU, c.expert_dtype or "fp4", c.num_experts, dim, width),
     ]
-    if router == "hash":
-        table = (c.vocab_size, c.num_experts_per_tok)
-        rows.append(_same("ffn.gate.tid2eid", ("ffn", "router", "tid2eid"), "i64", *table))
-    else:
-        rows.append(_same("ffn.gate.bias", ("ffn", "router", "bias"), "f32", c.num_experts))
-    for name, out, inner in (("w1", shared, dim), ("w2", dim, shared), ("w3", shared, dim)):
-        path = ("ffn", "shared", name, "weight")
-        rows.append(_matrix(f"ffn.shared_experts.{name}.weight", path, "fp8", out, inner))
-    return rows
-
-
-def _experts(c: DeepseekV4Config, hub: str, ours: Path, index: tuple[int, ...]) -> list[HubTensor]:
-    """One Hub tensor per expert and matrix, all experts in one array on our side."""
-    dim, width = c.hidden_size, c.moe_intermediate_size
-    storage = c.expert_dtype or "fp4"
-    tensors = []
-    for expert in range(c.num_experts):
-        for name, out, inner in (("w1", width, dim), ("w2", dim, width), ("w3", width, dim)):
-            _, _, shape, _, layout = _matrix(name, (), storage, out, inner)
-            full = f"{hub}ffn.experts.{expert}.{name}.weight"
-            path = (*ours, "ffn", "experts", name)
-            tensors.append(HubTensor(full, shape, storage, path, (*index, expert), layout))
-    return tensors
-
-
-def _place(
-    c: DeepseekV4Config, rows: list[Row], hub: str, ours: Path, index: tuple[int, ...] = ()
-) -> list[HubTensor]:
-    tensors = []
-    for name, path, shape, storage, layout in rows:
-        limit = c.num_experts if storage == "i64" else None
-        tensors.append(HubTensor(hub + name, shape, storage, (*ours, *path), index, layout, limit))
-    return tensors
-
-
-def layer_place(config: DeepseekV4Config, layer: int) -> tuple[Path, tuple[int, ...]]:
-    """Where a layer lives: its path and its index in the stack (empty for an unrolled layer)."""
-    plan = config.plan
-    if layer in plan.prefix:
-        return ("prefix", layer - plan.prefix.start), ()
-    if layer in plan.suffix:
-        return ("suffix", layer - plan.suffix.start), ()
-    repeat, unit_index = divmod(layer - len(plan.prefix), plan.unit)
-    return ("repeated", unit_index), (repeat,)
 
 
 def hub_tensors(config: DeepseekV4Config) -> list[HubTensor]:
@@ -160,36 +115,25 @@ def hub_tensors(config: DeepseekV4Config) -> list[HubTensor]:
     """
     c, dim, n = config, config.hidden_size, config.hc_mult
     c.require_plain_mtp()
-    tensors = _place(
-        c,
+    tensors = place(
         [
-            _same("embed.weight", ("embed", "weight"), "bf16", c.vocab_size, dim),
-            _matrix("head.weight", ("head", "weight"), "bf16", c.vocab_size, dim),
-            _same("norm.weight", ("norm", "weight"), "bf16", dim),
+            same("embed.weight", ("embed", "weight"), "bf16", c.vocab_size, dim),
+            linear("head", ("head",), "bf16", c.vocab_size, dim),
+            norm("norm", ("norm",), dim),
             *_hyper_connection("hc_head", "hc_head", n, 1, n, dim),
-        ],
-        "",
-        (),
+        ]
     )
     for layer, kinds in enumerate(c.layer_kinds):
-        path, index = layer_place(c, layer)
-        hub = f"layers.{layer}."
-        tensors += _place(c, _block(c, *kinds), hub, path, index) + _experts(c, hub, path, index)
+        tensors += place(_block(c, *kinds), f"layers.{layer}.", *layer_place(c, layer))
     for number in range(c.num_mtp_layers):
         hub, path = f"mtp.{number}.", ("mtp", number)
         outer = [
-            _matrix("e_proj.weight", ("e_proj", "weight"), "fp8", dim, dim),
-            _matrix("h_proj.weight", ("h_proj", "weight"), "fp8", dim, dim),
-            *(
-                _same(f"{name}.weight", (name, "weight"), "bf16", dim)
-                for name in ("enorm", "hnorm", "norm")
-            ),
+            linear("e_proj", ("e_proj",), "fp8", dim, dim),
+            linear("h_proj", ("h_proj",), "fp8", dim, dim),
+            *(norm(name, (name,), dim) for name in ("enorm", "hnorm", "norm")),
             *_hyper_connection("hc_head", "hc_head", n, 1, n, dim),
         ]
-        block = (*path, "block")
-        tensors += _place(c, outer, hub, path)
-        tensors += _place(c, _block(c, "sliding", 0, "learned"), hub, block)
-        tensors += _experts(c, hub, block, ())
+        tensors += place(outer, hub, path) + place(_block(c, "sliding", 0, "learned"), hub, (*path, "block"))
     return tensors
 
 
@@ -253,7 +197,7 @@ def _renamed(name: str) -> str:
     return name
 
 
-def native_pieces(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int | slice, ...]]]:
+def native_pieces(name: str, shape: tuple[int, ...]) -> list[Piece]:
     """(native name, index into the array) of each weight that a tensor of any spelling holds.
 
     One piece, indexed by (), for everything but the fused experts of `transformers`' modules:
@@ -264,20 +208,7 @@ def native_pieces(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[in
     """
     native = normalise_name(name)
     fused = _FUSED.match(native)
-    if fused is None:
-        return [(native, ())]
-    if len(shape) != 3 or (fused[2] == "gate_up_proj" and shape[1] % 2):
-        raise ValueError(f"{name}: found shape {shape}, expected [experts, rows, columns]")
-    pieces: list[tuple[str, tuple[int | slice, ...]]] = []
-    for expert in range(shape[0]):
-        prefix = f"{fused[1]}.{expert}"
-        if fused[2] == "down_proj":
-            pieces.append((f"{prefix}.w2.weight", (expert,)))
-            continue
-        half = shape[1] // 2
-        pieces.append((f"{prefix}.w1.weight", (expert, slice(0, half))))
-        pieces.append((f"{prefix}.w3.weight", (expert, slice(half, None))))
-    return pieces
+    return fused_pieces(name, fused, shape, _SWIGLU) if fused else [(native, ())]
 
 
 def native_arrays(name: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,0 +1,139 @@
+"""Short sequences: whole, in a few unrolled blocks of queries, a few rows of the batch at a time.
+
+Where a row is a few hundred tokens long, a loop over chunks of queries costs more than it saves. Each block reads the
+keys its band may reach, and every entry, under one mask; the rows taken together are as many as a cache holds. The
+backward computes the softmax again and keeps nothing but the arguments.
+
+Letters: B batch, G rows of the batch taken together, S queries, N heads, H key channels, E entries.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward, masked_part
+from fathom.ops.selection import Selection, entry_mask
+
+LENGTH = 256
+"""Tokens up to which a sequence is short. CPU measured (BENCHMARKS.md, "Short sequences")."""
+BLOCK = 32
+"""Queries of a block."""
+SCORES = 1 << 18
+"""Attention scores of a block, over all rows taken together: 1 MiB in float32."""
+
+
+def _spans(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(first key, first query, end) of each block."""
+    starts = range(0, length, BLOCK)
+    return [(max(start - window + 1, 0), start, min(start + BLOCK, length)) for start in starts]
+
+
+def _rows_together(q_BSNH: jax.Array, kv_BSH: jax.Array, entries_BEH: jax.Array | None) -> int:
+    """G: the largest divisor of the batch whose scores are within `SCORES`."""
+    batch, length, heads, _ = q_BSNH.shape
+    keys = kv_BSH.shape[1] + (0 if entries_BEH is None else entries_BEH.shape[1])
+    most = max(SCORES // (min(length, BLOCK) * heads * keys), 1)
+    return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
+
+
+def _in_groups(rows: int, tree):
+    """[B, ...] -> [B / G, G, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), tree)
+
+
+def _whole(tree):
+    """Inverse of `_in_groups`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _block(span: tuple[int, int, int], kv_GSH, band_GS, entries_GEH, seen_GSE) -> Part:
+    """Keys of one block, the band's and then the entries, and who sees them."""
+    first, start, end = span
+    distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
+    seen = (distance >= 0) & (distance < band_GS[:, start:end, None])
+    keys = kv_GSH[:, first:end]
+    if entries_GEH is not None:
+        keys = jnp.concatenate([keys, entries_GEH], axis=1)
+        seen = jnp.concatenate([seen, seen_GSE[:, start:end]], axis=2)
+    return masked_part(keys, seen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(sizes, sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE):
+    window, scale = sizes
+    sizes = {"scale": scale, "value_dim": kv_BSH.shape[-1]}
+
+    def of_rows(group):
+        q, *keys = group
+        made = [attend(q[:, span[1] : span[2]], [_block(span, *keys)], sink_N, **sizes) for span in spans]
+        return jax.tree.map(lambda *blocks: jnp.concatenate(blocks, axis=1), *made)
+
+    spans = _spans(q_BSNH.shape[1], window)
+    rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
+    return _whole(jax.lax.map(of_rows, _in_groups(rows, (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE))))
+
+
+def _attend_forward(sizes, *args):
+    return _attend(sizes, *args), args
+
+
+def _attend_backward(sizes, args, cotangents):
+    window, scale = sizes
+    sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE = args
+
+    def of_block(span, q, dout, dlse, *keys) -> ChunkGradients:
+        queries = slice(span[1], span[2])
+        return attend_backward(
+            q[:, queries],
+            [_block(span, *keys)],
+            sink_N,
+            dout[:, queries],
+            dlse[:, queries],
+            scale=scale,
+            value_dim=kv_BSH.shape[-1],
+            want_out=False,
+        )
+
+    def of_rows(group):
+        (q, kv, *others), (dout, dlse) = group
+        dkv, dentries, dq, dsink = 0.0, 0.0, [], 0.0
+        for span in spans:
+            grads = of_block(span, q, dout, dlse, kv, *others)
+            first, _, end = span
+            dkv += jnp.pad(grads.dkeys[0][:, : end - first], ((0, 0), (first, kv.shape[1] - end), (0, 0)))
+            dentries += grads.dkeys[0][:, end - first :]
+            dq.append(grads.dq)
+            dsink += grads.dsink_N
+        dentries = None if entries_BEH is None else dentries.astype(kv.dtype)
+        return jnp.concatenate(dq, axis=1), dkv.astype(kv.dtype), dentries, dsink
+
+    spans = _spans(q_BSNH.shape[1], window)
+    groups = (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE), cotangents
+    rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
+    *grads, dsink = jax.lax.map(of_rows, _in_groups(rows, groups))
+    dq, dkv, dentries = _whole(tuple(grads))
+    nothing = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (band_BS, seen_BSE)]
+    return dsink.sum(axis=0).astype(sink_N.dtype), dq, dkv, nothing[0], dentries, nothing[1]
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_short(
+    q_BSNH: jax.Array,
+    kv_BSH: jax.Array,
+    sink_N: jax.Array,
+    band_BS: jax.Array,
+    entries_BEH: jax.Array | None,
+    selection: Selection,
+    *,
+    scale: float,
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`banded_sparse_mqa` of a short sequence: output [B, S, N, H] in q's dtype, log-sum-exp float32 [B, S, N]."""
+    seen = None if entries_BEH is None else entry_mask(selection, entries_BEH.shape[1])
+    return _attend((window, scale), sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen)
