@@ -287,3 +287,13 @@ def test_the_breakdown_names_shapes_runs_and_places():
     lines = product_table(run, X, SQUARE, W, top=1).splitlines()
     assert len(lines) == 2 and first.shapes in lines[1] and first.source in lines[1]
     assert product_table(lambda x: x, X).endswith("0 flops in all")
+
+
+def test_what_stands_twice_in_a_body_counts_once():
+    def twice(x, w):
+        # The second of each is another equation of the same operands; the last product has others.
+        return jnp.tanh(x @ w) + jnp.sin(x @ w) + jnp.einsum("bd,de->be", x * 2, w) - jnp.einsum("bd,de->be", x * 2, w)
+
+    x, w = jnp.ones((3, 5)), jnp.ones((5, 7))
+    assert count_flops(twice, x, w) == 2 * (2 * 3 * 5 * 7)
+    assert count_flops(lambda x, w: jnp.tanh(x @ w) + (2 * x) @ w + x @ (w + 1), x, w) == 3 * (2 * 3 * 5 * 7)

@@ -14,7 +14,6 @@ from flax import nnx
 from fathom import zoo
 from fathom.mesh import (
     abstract_mesh,
-    batch_sharding,
     make_mesh,
     partition_spec,
     sharding_scope,
@@ -32,6 +31,7 @@ from tests.models.small import (
     small_spec,
     value_and_grads,
 )
+from tests.sharding.meshes import compiled_on, part, too_far
 
 # Compiled functions are shared, so all of it runs in one worker.
 pytestmark = pytest.mark.xdist_group("model meshes")
@@ -56,12 +56,6 @@ BATCH, LENGTH = 8, 88
 # Documents shorter and longer than a compression window and than the sliding one, cut differently in each row.
 DOCUMENTS = [(40, 25, 13), (88,), (3, 33, 1, 50), (20,), (60, 28), (5, 5, 70), (17, 17, 17, 17), (31, 1)]
 
-ERROR = 1e-5
-FLOOR = 1e-3
-"""A gradient smaller than this part of the whole gradient is measured against that part. Only scalars and short
-vectors that sum over every token and stream (mHC scales and bases) are so small: their terms cancel to a
-thousandth, and what is left carries the rounding of the terms."""
-
 
 def batch() -> dict[str, np.ndarray]:
     return packed_rows(DOCUMENTS, LENGTH, CONFIG.vocab_size)
@@ -71,29 +65,15 @@ def batch() -> dict[str, np.ndarray]:
 def on_mesh(name: str | None) -> tuple[dict[str, np.ndarray], str]:
     """(every number of loss, aux and gradients by name, the compiled program) on a mesh; without one for None."""
     _, params, rest = random_model(CONFIG)
-    rows = batch()
-    compute = value_and_grads(CONFIG)
-
-    def fresh(*args):  # jit's cache does not see the sharding rules
-        return compute(*args)
-
-    function = jax.jit(fresh, compiler_options=FAST_COMPILE)
-    if name is None:
-        compiled = function.lower(params, rest, rows).compile()
-        return named_leaves(jax.device_get(compiled(params, rest, rows))), ""
-    mesh = make_mesh(MESHES[name])
-    with sharding_scope(mesh, RULES):
-        params = jax.device_put(params, state_shardings(params, mesh, RULES))
-        rest = jax.device_put(rest, state_shardings(rest, mesh, RULES))
-        rows = jax.device_put(rows, batch_sharding(mesh, RULES))
-        compiled = function.lower(params, rest, rows).compile()
-        return named_leaves(jax.device_get(compiled(params, rest, rows))), compiled.as_text()
+    shape = None if name is None else MESHES[name]
+    call, program = compiled_on(shape, RULES, value_and_grads(CONFIG), params, rest, batch())
+    return call(batch()), program
 
 
 def test_every_part_takes_part_in_the_comparison():
     want, _ = on_mesh(None)
-    aux, grads = _of(want, "0/"), _of(want, "1/")
-    assert {f"1/loss/{part}" for part in ("main", "mtp", "balance")} < set(aux)
+    aux, grads = part(want, "0/"), part(want, "1/")
+    assert {f"1/loss/{name}" for name in ("main", "mtp", "balance")} < set(aux)
     unused = {name for name, grad in grads.items() if not np.any(grad)}
     assert unused == {name for name in grads if "indexer" in name}
 
@@ -102,17 +82,7 @@ def test_every_part_takes_part_in_the_comparison():
 def test_loss_and_gradients_are_those_of_one_device(name):
     want, _ = on_mesh(None)
     got, _ = on_mesh(name)
-    assert list(got) == list(want)
-    whole = np.sqrt(sum(np.sum(np.square(g)) for g in _of(want, "1/").values()))
-    errors = {}
-    for leaf, value in want.items():
-        size = max(np.linalg.norm(value), FLOOR * whole if leaf.startswith("1/") else 0.0)
-        errors[leaf] = np.linalg.norm(got[leaf] - value) / size
-    assert {leaf: error for leaf, error in errors.items() if not error < ERROR} == {}
-
-
-def _of(leaves: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name[len(prefix) :]: value for name, value in leaves.items() if name.startswith(prefix)}
+    assert too_far(got, want) == {}
 
 
 @pytest.mark.parametrize("name", ["fsdp 8", "data 2 fsdp 4"])

@@ -15,6 +15,11 @@ from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import VisibleRange
 
+MAX_PRODUCTS = 1 << 26
+"""Products of queries and keys held at a time: 256 MiB in float32."""
+LENGTHS, SHORTEST = 2, 1024
+"""How many lengths of range are compiled for at most, and the fewest entries of the shortest."""
+
 
 def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) -> jax.Array:
     """sum_h w relu(q . k), float32 [B, S, E]; all queries x entries at once."""
@@ -55,6 +60,28 @@ def _visible_scores(scores_BCE: jax.Array, visible: VisibleRange) -> jax.Array:
     return jnp.where(seen, scores_BCE, -jnp.inf)
 
 
+def _lengths(num_entries: int, keep: int) -> int:
+    return max(1, min(LENGTHS, num_entries // max(SHORTEST, keep)))
+
+
+def _in_needed_range(visible: VisibleRange, num_entries: int, keep: int, run) -> jax.Array:
+    """run(start, length) with the shortest of a few lengths whose range holds all that the chunk's queries see.
+
+    Causal queries early in a sequence then score few of its entries. One program is compiled for each length.
+    """
+    lengths = _lengths(num_entries, keep)
+    if lengths == 1:
+        return run(0, num_entries)
+    unit = -(-num_entries // lengths)
+    sees = visible.end_BS > visible.begin_BS
+    low = jnp.where(sees, jnp.maximum(visible.begin_BS, 0), num_entries).min()
+    high = jnp.where(sees, jnp.minimum(visible.end_BS, num_entries), 0).max()
+    which = jnp.clip((high - low + unit - 1) // unit - 1, 0, lengths - 1)
+    sizes = [min(unit * (i + 1), num_entries) for i in range(lengths)]
+    branches = [lambda size=size: run(jnp.clip(low, 0, num_entries - size), size) for size in sizes]
+    return jax.lax.switch(which, branches)
+
+
 def indexer_topk(
     q_BSNH: jax.Array,
     k_BEH: jax.Array,
@@ -72,7 +99,7 @@ def indexer_topk(
       q_BSNH: index queries. k_BEH: index keys. weights_BSN: head weights, already scaled.
       visible: the range of entries each query may choose from.
       top_k: how many to keep.
-      query_chunk: queries scored at a time; [C, N, E] is the largest array held.
+      query_chunk: queries scored at a time, fewer where their products with the keys would exceed MAX_PRODUCTS.
       selection: "exact" (`exact_topk`) or "approx" (`approximate_topk`).
       recall_target: with "approx", the mean share of the true top-k to find.
 
@@ -88,13 +115,21 @@ def indexer_topk(
     keep = min(top_k, k_BEH.shape[1])
 
     def one_chunk(chunk):
-        q, weights, begin, end = chunk
-        scores = indexer_scores(q, k_BEH, weights)
-        if selection == "exact":
-            return exact_topk(scores, VisibleRange(begin, end), keep)
-        return approximate_topk(scores, VisibleRange(begin, end), keep, recall_target)
+        q, weights, *visible = chunk
 
-    chunk = min(query_chunk, q_BSNH.shape[1])
+        def of_range(start, length: int) -> jax.Array:
+            scores = indexer_scores(q, jax.lax.dynamic_slice_in_dim(k_BEH, start, length, axis=1), weights)
+            seen = VisibleRange(*(edge - start for edge in visible))
+            if selection == "exact":
+                indices = exact_topk(scores, seen, keep)
+            else:
+                indices = approximate_topk(scores, seen, keep, recall_target)
+            return jnp.where(indices < 0, -1, indices + start)
+
+        return _in_needed_range(VisibleRange(*visible), k_BEH.shape[1], keep, of_range)
+
+    per_query = q_BSNH.shape[0] * q_BSNH.shape[2] * k_BEH.shape[1]
+    chunk = max(1, min(query_chunk, q_BSNH.shape[1], MAX_PRODUCTS // max(per_query, 1)))
     parts = (q_BSNH, weights_BSN, *visible)
     chunks = tuple(to_chunks(jax.lax.stop_gradient(part), chunk) for part in parts)
     k_BEH = jax.lax.stop_gradient(k_BEH)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward, finite_keys
 from fathom.ops.selection import Selection, VisibleRange
 
-LENGTHS = 4
+LENGTHS = 6
 """How many lengths of range a program is compiled for."""
 SHORTEST = 128
 """Ranges are multiples of at least this many rows."""

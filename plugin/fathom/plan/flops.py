@@ -1,7 +1,8 @@
 """Operations of the matrix products of a function, counted from its jaxpr.
 
 XLA's cost analysis counts the body of a loop once, whatever its length; here a body counts as often as it runs. What
-the results do not depend on counts nothing, as the compiler drops it.
+the results do not depend on counts nothing, and what stands twice in a body, of the same operands, counts once, as the
+compiler drops the one and merges the other.
 
 Only matrix products count, at 2 M N K each: they are what the peak rate of a chip is stated for. Sorts, gathers,
 elementwise work and the factorisations of `jnp.linalg` count nothing.
@@ -188,7 +189,11 @@ class _Counter:
             return _scalar(atom.val) if isinstance(atom, Literal) else known.get(atom)
 
         products: Products = collections.Counter()
+        merge = _Merge()
         for eqn in jaxpr.eqns:
+            if merge.seen(eqn):
+                known |= zip(eqn.outvars, [None] * len(eqn.outvars), strict=False)
+                continue
             found, results = self.equation(eqn, [read(atom) for atom in eqn.invars])
             for product, times in found.items():
                 products[product] += times
@@ -277,6 +282,25 @@ class _Counter:
                 "from outside; give it a cost_estimate=pl.CostEstimate(...)"
             )
         return _one(eqn, float(estimate.flops))
+
+
+class _Merge:
+    """Finds equations of a body that do again what one before them has done, of the same operands."""
+
+    def __init__(self) -> None:
+        self.done: dict[tuple, list[Any]] = {}
+        self.same: dict[Any, Any] = {}
+
+    def seen(self, eqn: JaxprEqn) -> bool:
+        if eqn.effects or eqn.primitive.name in ("scan", "while", "cond", "shard_map", "pallas_call"):
+            return False
+        operands = [repr(a.val) if isinstance(a, Literal) else id(self.same.get(a, a)) for a in eqn.invars]
+        key = eqn.primitive.name, str(eqn.params), *operands
+        if key not in self.done:
+            self.done[key] = eqn.outvars
+            return False
+        self.same |= zip(eqn.outvars, self.done[key], strict=True)
+        return True
 
 
 def _trip_count(eqn: JaxprEqn, inputs: list[Any]) -> int | None:

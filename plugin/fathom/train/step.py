@@ -145,7 +145,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step function, to be jitted with its first argument donated.
 
-    A step whose loss, gradients or update are not finite changes nothing but the step number; its
+    A step whose loss or gradients are not finite changes nothing but the step number; its
     metric "finite" is False. Metrics are float32 scalars.
 
     Args:
@@ -166,12 +166,14 @@ def make_train_step(
             return spec.loss(module, microbatch, weights, counts)
 
         loss, aux, grads = accumulate(loss_fn, trainable, batch, train.accumulation, grad_shardings)
-        new_trainable, opt_state, update_norm = _update(tx, trainable, grads, state.opt_state)
+        new_trainable, opt_state = _update(tx, trainable, grads, state.opt_state)
         model_state = state.model_state
         if spec.update_state is not None and train.stage != "indexer-warmup":  # the routers are frozen too
             model_state = spec.update_state(model_state, aux, train.router_bias_speed)
         grad_norm = global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        # Gradients whose norm is finite give a finite update. To look at the update itself would keep the old and the
+        # new of all weights and moments side by side until the last of them is known.
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new_state = TrainState(
             params=nnx.merge_state(new_trainable, frozen),
             model_state=model_state,
@@ -241,12 +243,12 @@ def accumulate(
 
 
 def _update(tx, trainable, grads, opt_state):
-    """The trainable parameters after one update, in their storage dtype, and the update's norm."""
+    """The trainable parameters after one update, in their storage dtype, and the optimizer's state."""
     params = optimizer.as_float32(nnx.as_pure(trainable))
     updates, opt_state = tx.update(nnx.as_pure(grads), opt_state, params)
     values = iter(jax.tree.leaves(optax.apply_updates(params, updates)))
     new = jax.tree.map(lambda old: next(values).astype(old.dtype), trainable)
-    return new, opt_state, global_norm(updates)
+    return new, opt_state
 
 
 def _expert_balance(expert_load: Mapping[str, jax.Array]) -> Metrics:

@@ -35,4 +35,10 @@ DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "tensor",
 }
 
-PRESETS = {"default": DEFAULT}
+LONG = DEFAULT | {
+    # Few rows of many tokens: what shards weights and experts cuts the sequence too.
+    "act_batch": "data",
+    "act_sequence": ("fsdp", "expert", "context"),
+}
+
+PRESETS = {"default": DEFAULT, "long": LONG}
