@@ -81,6 +81,12 @@ def least_products(kind: str, length: int) -> float:
     return 2 * (3 * widths + 3.5 * attention + index)
 
 
+def tpu_mesh() -> jax.sharding.AbstractMesh:
+    """A mesh of one v5p chip, for tracing: the versions of the attention are picked for the platform."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    return jax.sharding.Mesh(np.array(devices[:1]), ("chip",)).abstract_mesh
+
+
 def compile_layer(kind: str, length: int, *, topology: str, options: ComputeOptions):
     """The compiled step, and the seconds it took to trace and compile: on the clock and of all cores together."""
     if topology == "cpu":

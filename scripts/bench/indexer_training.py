@@ -20,11 +20,9 @@ import jax.numpy as jnp
 import matplotlib
 
 import fathom
-from fathom.layers.indexer import Choice
+from fathom.layers.indexer import BaseIndexer, Choice, TeacherParts
 from fathom.mesh import make_mesh, sharding_scope
-from fathom.models.deepseek_v4 import attention
 from fathom.ops.indexer import exact_topk, indexer_scores
-from fathom.ops.indexer_kl import Teacher
 from fathom.train.checkpoint_model import start_from
 from fathom.train.loop import next_batch, open_loader, to_devices
 from fathom.train.step import make_program
@@ -50,13 +48,14 @@ def recipe_of(folder: Path, stage: str, steps: int, length: int, *more: str):
     return fathom.load_recipe("tiny-v4-cpu", [*common, *more])
 
 
-def overlap(choice: Choice, teacher: Teacher, query_chunk: int | None = None) -> jax.Array:
-    """In the place of the indexer's loss: its mean overlap with the attention over the queries of a batch."""
-    if choice.projections is None:
+def overlap(self, choice: Choice, x, qr, inputs, teacher: TeacherParts, place) -> jax.Array:
+    """In the place of `BaseIndexer.loss`: its mean overlap with the attention over the queries of a batch."""
+    if choice.k_BEH is None:
         return jnp.zeros(())
     visible, k = choice.selection, overlap.top_k
-    scores = indexer_scores(*choice.projections)
-    products = jnp.einsum("bsnh,beh->bsne", teacher.q_BSNH, teacher.keys_BEH) * teacher.scale
+    q, weights = self.queries(x, qr, self.tables(inputs))
+    scores = indexer_scores(q, choice.k_BEH, weights)
+    products = jnp.einsum("bsnh,beh->bsne", teacher.make_queries(teacher.inputs), teacher.keys_BEH) * teacher.scale
     p = jnp.exp(products - teacher.lse_BSN[..., None]).sum(axis=2)
     ours, theirs = exact_topk(scores, visible, k), exact_topk(p, visible, k)
     found = (ours[..., :, None] == theirs[..., None, :]).any(axis=-1).mean(axis=-1)
@@ -83,7 +82,7 @@ def main() -> None:
 
     @jax.jit
     def measure(state, batch):
-        with mock.patch.object(attention, "indexer_loss", overlap):
+        with mock.patch.object(BaseIndexer, "loss", overlap):
             module = program.model.merge((state.params,), state.model_state, jax.random.key(0))
             return module.features(batch["tokens"]).aux["indexer"] / layers  # whole rows: nothing is packed
 
