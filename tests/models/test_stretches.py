@@ -15,8 +15,11 @@ from flax import nnx
 from fathom.layers.documents import make_documents
 from fathom.layers.options import ComputeOptions
 from fathom.layers.remat import remat
+from fathom.layers.shards import Place
 from fathom.models.deepseek_v4 import attention as v4
+from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v32 import attention as v32
+from fathom.ops.chunks import map_chunks
 from fathom.train.state import named_leaves
 from tests.models.small import FAST_COMPILE, RATIOS, fill, packed_rows, small_config
 from tests.models.test_v32_model import small_config as small_v32_config
@@ -191,3 +194,25 @@ def test_activation_checkpointing_keeps_what_stretches_have_selected(kind):
         compute = jax.jit(function_of(kind, SINGLE_96, stretch=24, remat=policy))
         text = compute.lower(params_of(kind), hidden(SINGLE_96)).as_text()
         assert text.count("chlo.top_k") == times, policy
+
+
+def test_gradients_of_bfloat16_weights_are_summed_in_float32():
+    """1,024 equal terms; a sum in bfloat16 stops growing at 256."""
+    rows = jnp.ones((1, 1024))
+    scaled = jax.jit(jax.grad(lambda k: map_chunks(lambda c: c * k.astype(jnp.float32), rows, 1).sum()))
+    assert scaled(jnp.bfloat16(1)) == 1024
+    sizes = dict(hidden_size=8, width=8, ratio=4, overlap=False, eps=1e-6, stddev=0.1, dtype="bfloat16")
+    graphdef, state = nnx.split(Compressor(nnx.Rngs(0), **sizes))
+    length = 4 * 1024
+    windows = make_documents(jnp.zeros((1, length), jnp.int32), None, None).windows(4)
+    token = np.random.default_rng(0).standard_normal((1, 1, 8))
+    x = jnp.asarray(np.tile(token, (1, length, 1)), jnp.bfloat16)
+
+    def gradient(stretch):
+        def total(state):
+            return nnx.merge(graphdef, state)(x, windows, Place(stretch=stretch)).astype(jnp.float32)[..., 0].sum()
+
+        return float(jax.jit(jax.grad(total))(state)["norm"]["weight"][...][0])
+
+    assert abs(gradient(None)) > 1000
+    np.testing.assert_allclose(gradient(4), gradient(None), rtol=2**-7)

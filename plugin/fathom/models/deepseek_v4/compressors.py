@@ -25,7 +25,7 @@ from fathom.layers.linear import Linear
 from fathom.layers.norms import RMSNorm
 from fathom.layers.param import constant, param
 from fathom.layers.shards import START, Place, Shard
-from fathom.ops.chunks import to_chunks
+from fathom.ops.chunks import sums_in_float32, to_chunks
 from fathom.ops.permute import gather_rows
 
 
@@ -203,7 +203,6 @@ class Compressor(nnx.Module):
             first = before_BLD[:, before_BLD.shape[1] - reach :]
         before = _before_each(chunks, first)
 
-        @jax.checkpoint
         def one_stretch(parts):
             x, before, start, entries = parts
             x = jnp.concatenate([before, x], axis=1)
@@ -211,7 +210,9 @@ class Compressor(nnx.Module):
             overlaps = jnp.take_along_axis(has_before, entries, axis=1, mode="clip")
             return self._close(x, closing, overlaps, aligned=stretches.aligned)
 
-        return jax.lax.map(one_stretch, (chunks, before, stretches.starts(), stretches.entries()))
+        parts = chunks, before, stretches.starts(), stretches.entries()
+        one_stretch = sums_in_float32(one_stretch, jax.tree.map(lambda x: x[0], parts))
+        return jax.lax.map(jax.checkpoint(one_stretch), parts)
 
     def _close(self, x_BTD: jax.Array, closing_BC: jax.Array, has_before_BC: jax.Array, *, aligned: bool) -> jax.Array:
         """The entries whose windows close at the given tokens of x: [B, C, c]."""
