@@ -89,7 +89,10 @@ def test_gradients_of_the_cross_entropy(golden, models):
     assert len(theirs) > 200
     for name, gradient in theirs.items():
         error = np.linalg.norm(ours[name] - gradient) / np.linalg.norm(gradient)
-        assert error < 5e-5, f"{name}: relative L2 error {error:.1e}"
+        # One sum over every token and stream of equal streams, whose terms cancel to a ten-thousandth: 1.2e-5 to 5.8e-5
+        # by the order in which the attention before it adds (test_model.py measures the reference's own).
+        limit = 1e-4 if name == "layers.0.hc_attn_scale" else 5e-5
+        assert error < limit, f"{name}: relative L2 error {error:.1e}"
     # What the reference gives no gradient gets exactly zero here: the indexer, and MTP at weight 0.
     for name in set(ours) - set(theirs):
         assert "indexer" in name or name.startswith("mtp."), name
