@@ -54,11 +54,11 @@ def outputs(config=CONFIG, options=FP32) -> dict[str, np.ndarray]:
     return jax.device_get(jax.jit(run, compiler_options=FAST_COMPILE)(params, tokens, streams))
 
 
-def changes(config=CONFIG, options=FP32) -> dict[str, np.ndarray]:
-    """Block -> [LENGTH], the positions whose output another config or option changes in any bit."""
+def changes(config=CONFIG, options=FP32, beyond: float = 0.0) -> dict[str, np.ndarray]:
+    """Block -> [LENGTH], the positions whose output another config or option changes by more than `beyond`."""
     want, got = outputs(), outputs(config, options)
     assert all(np.all(np.isfinite(x)) for x in got.values())
-    return {name: np.any(got[name] != want[name], axis=(0, 2, 3)) for name in BLOCKS}
+    return {name: np.any(np.abs(got[name] - want[name]) > beyond, axis=(0, 2, 3)) for name in BLOCKS}
 
 
 def test_yarn_is_in_the_compressed_layers_and_nowhere_else():
@@ -72,11 +72,13 @@ def test_yarn_is_in_the_compressed_layers_and_nowhere_else():
 
 
 def test_each_ratio_is_that_of_its_layers():
-    """Before the first window of either ratio closes nothing differs, from then on everything does."""
-    fewer = changes(dataclasses.replace(CONFIG, compress_ratios=(0, 8, 16)))
+    """Before the first window of either ratio closes nothing differs, from then on everything does. Nothing but the
+    last bits: another number of entries is another shape of product, which may add in another order."""
+    rounding = 1e-5
+    fewer = changes(dataclasses.replace(CONFIG, compress_ratios=(0, 8, 16)), beyond=rounding)
     np.testing.assert_array_equal(fewer.pop("csa"), np.arange(LENGTH) >= 3)
     assert not any(changed.any() for changed in fewer.values())
-    more = changes(dataclasses.replace(CONFIG, compress_ratios=(0, 4, 8)))
+    more = changes(dataclasses.replace(CONFIG, compress_ratios=(0, 4, 8)), beyond=rounding)
     np.testing.assert_array_equal(more.pop("hca"), np.arange(LENGTH) >= 7)
     assert not any(changed.any() for changed in more.values())
 
