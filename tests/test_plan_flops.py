@@ -255,15 +255,15 @@ def test_a_pallas_kernel_counts_its_estimate():
     estimate = pl.CostEstimate(flops=123, transcendentals=0, bytes_accessed=0)
     run = functools.partial(repeated, lambda x, w: call(estimate)(x), 5)
     assert count_flops(run, X, SQUARE) == 5 * 123
-    with pytest.raises(NotImplementedError, match=r"pallas_call 'copy' at .*cost_estimate"):
+    with pytest.raises(ValueError, match=r"pallas_call 'copy' at .*cost_estimate"):
         count_flops(call(None), X)
 
 
 def test_calls_that_cannot_be_looked_into_are_refused():
-    with pytest.raises(NotImplementedError, match="ffi_call"):
+    with pytest.raises(ValueError, match="ffi_call"):
         count_flops(lambda x: jax.ffi.ffi_call("product", jax.ShapeDtypeStruct((M, M), jnp.float32))(x), X)
     solve = functools.partial(jax.lax.custom_linear_solve, solve=lambda _, b: b, symmetric=True)
-    with pytest.raises(NotImplementedError, match="custom_linear_solve"):
+    with pytest.raises(ValueError, match="custom_linear_solve"):
         count_flops(lambda a, b: solve(lambda x: a @ x, b), SQUARE, jax.ShapeDtypeStruct((K,), jnp.float32))
 
 

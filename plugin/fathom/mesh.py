@@ -164,6 +164,20 @@ def split_axes(logical: str) -> tuple[str, ...]:
     return tuple(axis for axis in mesh_axes(logical) if sizes.get(axis, 1) > 1)
 
 
+def check_divisible(*checks: tuple[str, int, str]) -> None:
+    """Checks (name, size, logical axis): the active rules cut a dimension of that size into equal pieces.
+
+    Raises:
+      ValueError: for the first that they do not.
+    """
+    for name, size, logical in checks:
+        if size % axis_size(logical):
+            raise ValueError(
+                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh "
+                f"axes {mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
+            )
+
+
 def vary(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Inside a shard_map: the array typed as different along mesh axes on which it is equal.
 

@@ -22,7 +22,7 @@ from fathom.layers.router import (
     expert_load,
     sequence_balance_loss,
 )
-from fathom.mesh import active_rules, axis_size, constrain, mesh_axes, split_axes, vary
+from fathom.mesh import active_rules, check_divisible, constrain, split_axes, vary
 from fathom.ops.grouped_matmul import grouped_matmul
 
 _IN_AXES = ("expert", "embed", "expert_mlp")
@@ -164,21 +164,6 @@ class _Exchange(NamedTuple):
 
 
 _NO_EXCHANGE = _Exchange()
-
-
-def _check_divisible(tokens: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    checks = (
-        ("batch size", tokens[0], "act_batch"),
-        ("sequence length", tokens[1], "act_sequence"),
-        ("number of experts", weight[0], "expert"),
-        ("expert width", weight[2], "expert_mlp"),
-    )
-    for name, size, logical in checks:
-        if size % axis_size(logical):
-            raise ValueError(
-                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh "
-                f"axes {mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
-            )
 
 
 def _expert_shard(
@@ -341,7 +326,13 @@ class MoE(nnx.Module):
           ValueError: when the mesh does not divide the batch, the sequence, the number of experts
             or their width.
         """
-        _check_divisible(x_BSD.shape, self.experts.w1.shape)
+        num_experts, _, width = self.experts.w1.shape
+        check_divisible(
+            ("batch size", x_BSD.shape[0], "act_batch"),
+            ("sequence length", x_BSD.shape[1], "act_sequence"),
+            ("number of experts", num_experts, "expert"),
+            ("expert width", width, "expert_mlp"),
+        )
         routing = self.router(x_BSD, tokens_BS)
         routed = self.experts(x_BSD, routing.indices_BSK, routing.weights_BSK)
         y_BSD = (routed + self.shared(x_BSD)).astype(x_BSD.dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from fathom.mesh import active_rules, axis_size, mesh_axes, split_axes, variable_axes
+from fathom.mesh import active_rules, axis_size, check_divisible, split_axes, variable_axes
 
 QUERIES, KEYS = "per query", "per key"
 """Kinds of arrays: [B, S, ...] cut along batch and sequence, [B, anything, ...] cut along the batch alone."""
@@ -121,19 +121,6 @@ class Place(NamedTuple):
 START = Place()
 
 
-def _check(shape: tuple[int, ...], module: nnx.Module) -> None:
-    for name, size, logical in (
-        ("batch size", shape[0], "act_batch"),
-        ("sequence length", shape[1], "act_sequence"),
-        *(("number of heads or groups", size, axis) for size, axis in _split_sizes(module)),
-    ):
-        if size % axis_size(logical):
-            raise ValueError(
-                f"{name} {size} is not divisible by {axis_size(logical)}, the size of the mesh axes "
-                f"{mesh_axes(logical)} that {logical!r} maps to; change the mesh or the {name}"
-            )
-
-
 def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """One logical axis per dimension; a scanned block's weight declares its stack's too, which the scan has taken."""
     rank = variable.get_value().ndim
@@ -180,7 +167,11 @@ def per_device(
     heads = split_axes("heads")
     if not batch + sequence + heads:
         return function(module, WHOLE, x_BTD, inputs)
-    _check(x_BTD.shape, module)
+    check_divisible(
+        ("batch size", x_BTD.shape[0], "act_batch"),
+        ("sequence length", x_BTD.shape[1], "act_sequence"),
+        *(("number of heads or groups", size, axis) for size, axis in sorted(_split_sizes(module))),
+    )
     shard = Shard(sequence, axis_size("act_sequence"), heads, (*batch, *sequence))
     specs = {QUERIES: PartitionSpec(batch or None, sequence or None), KEYS: PartitionSpec(batch or None)}
     graph, state = nnx.split(module)

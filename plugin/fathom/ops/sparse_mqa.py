@@ -257,7 +257,8 @@ def banded_sparse_mqa(
     length, value_dim = q_BSNH.shape[1], kv_BSH.shape[-1]
     band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
     if implementation == "auto" and length <= sparse_mqa_short.LENGTH and earlier_BWH is None:
-        _log_choice("short", num_entries, None, program_platform())
+        listed = selection.indices_BSK.shape[-1] if isinstance(selection, Selected) else None
+        _log_choice("short", num_entries, listed, program_platform())
         some = entries_BEH if num_entries else None
         out, lse = attend_short(q_BSNH, kv_BSH, sink_N, band_BS, some, selection, scale=scale, window=window)
         return (out, lse) if return_lse else out

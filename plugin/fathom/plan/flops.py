@@ -75,8 +75,8 @@ def matrix_products(
 
     Raises:
       ValueError: for a while loop with matrix products whose number of trips does not follow from constants; for a
-        `platform_dependent` without a branch for the platform; for another value of `branches`.
-      NotImplementedError: for a Pallas kernel without a cost estimate, or a call that cannot be looked into.
+        `platform_dependent` without a branch for the platform; for another value of `branches`; for a Pallas kernel
+        without a cost estimate, or a call that cannot be looked into, for to count it as nothing would be a wrong sum.
     """
     found = _products(function, args, branches, platform)
     return sorted(found.items(), key=lambda item: item[0].flops * item[1], reverse=True)
@@ -214,12 +214,12 @@ class _Counter:
         if name in ("scan", "while", "cond", "shard_map", "pallas_call"):
             return getattr(self, f"_{name}")(eqn, inputs), []
         if name in _OPAQUE:
-            raise NotImplementedError(f"{name} at {_source(eqn)}: its operations cannot be counted from outside")
+            raise ValueError(f"{name} at {_source(eqn)}: its operations cannot be counted from outside; leave it out")
         if name in _SCALARS and not any(value is None for value in inputs):
             with np.errstate(all="ignore"):  # integers wrap around in XLA
                 return collections.Counter(), [np.asarray(_SCALARS[name](*inputs), eqn.outvars[0].aval.dtype)]
         if any(self.inside(jaxpr)[0] for jaxpr in jaxprs_in_params(params)):
-            raise NotImplementedError(
+            raise ValueError(
                 f"{name} at {_source(eqn)}: it holds matrix products, and how often it runs them is not known here"
             )
         return collections.Counter(), []
@@ -277,7 +277,7 @@ class _Counter:
     def _pallas_call(self, eqn: JaxprEqn, inputs: list[Any]) -> Products:
         estimate = eqn.params["cost_estimate"]
         if estimate is None:
-            raise NotImplementedError(
+            raise ValueError(
                 f"pallas_call {eqn.params.get('name') or ''!r} at {_source(eqn)}: its operations cannot be counted "
                 "from outside; give it a cost_estimate=pl.CostEstimate(...)"
             )
