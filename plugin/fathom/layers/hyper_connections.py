@@ -104,21 +104,62 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 def collapse(pre_nBS: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
     """sum_i pre_i x_i in float32, cast to the streams' dtype: [B, S, D]."""
-    weights = jnp.moveaxis(pre_nBS, 0, -1)[..., None]
-    return jnp.sum(weights * streams_BSnD.astype(jnp.float32), axis=2).astype(streams_BSnD.dtype)
+    return jnp.sum(_per_stream(pre_nBS) * streams_BSnD.astype(jnp.float32), axis=2).astype(streams_BSnD.dtype)
 
 
 def expand(mixing: Mixing, output_BSD: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
     """New stream j = post_j * output + sum_i comb[i, j] * old stream i; float32 inside."""
-    post = jnp.moveaxis(mixing.post_nBS, 0, -1)[..., None]
-    out = post * output_BSD[:, :, None, :].astype(jnp.float32)
-    old = streams_BSnD.astype(jnp.float32)
-    # A sum of n broadcast products fuses into one pass over the streams; an einsum with a 4 x 4 matrix per
-    # token would become tiny batched matrix products.
-    for i in range(old.shape[2]):
-        column = jnp.moveaxis(mixing.comb_nnBS[i], 0, -1)[..., None]
-        out = out + column * old[:, :, i : i + 1, :]
-    return out.astype(streams_BSnD.dtype)
+    return _expand(mixing.post_nBS, mixing.comb_nnBS, output_BSD, streams_BSnD)
+
+
+@jax.custom_vjp
+def _expand(post_nBS, comb_nnBS, output_BSD, streams_BSnD):
+    out = _per_stream(post_nBS) * output_BSD[:, :, None, :].astype(jnp.float32)
+    return _mix(out, comb_nnBS, streams_BSnD.astype(jnp.float32)).astype(streams_BSnD.dtype)
+
+
+def _per_stream(weights_nBS: jax.Array) -> jax.Array:
+    """[n, B, S] -> [B, S, n, 1]."""
+    return jnp.moveaxis(weights_nBS, 0, -1)[..., None]
+
+
+def _mix(out_BSnD: jax.Array | float, comb_nnBS: jax.Array, streams_BSnD: jax.Array) -> jax.Array:
+    """out_j + sum_i comb[i, j] * stream i.
+
+    A sum of n broadcast products fuses into one pass over the streams; an einsum with a 4 x 4 matrix per token would
+    become tiny batched matrix products.
+    """
+    for i in range(streams_BSnD.shape[2]):
+        out_BSnD = out_BSnD + _per_stream(comb_nnBS[i]) * streams_BSnD[:, :, i : i + 1, :]
+    return out_BSnD
+
+
+# Derived, the gradient of a stream's slice is an array of all streams with zeros in the others, once per stream, and
+# the float32 streams are kept for it. Written out, it is the same mixing with the transposed matrix, and keeps the
+# arguments alone.
+
+
+def _expand_forward(*args):
+    return _expand(*args), args
+
+
+def _expand_backward(args, cotangent_BSnD):
+    post_nBS, comb_nnBS, output_BSD, streams_BSnD = args
+    grad, output = cotangent_BSnD.astype(jnp.float32), output_BSD.astype(jnp.float32)
+    streams = streams_BSnD.astype(jnp.float32)
+    dpost = jnp.sum(output[:, :, None, :] * grad, axis=-1)
+    rows = [jnp.sum(streams[:, :, i : i + 1, :] * grad, axis=-1) for i in range(streams.shape[2])]
+    doutput = jnp.sum(_per_stream(post_nBS) * grad, axis=2)
+    dstreams = _mix(0.0, comb_nnBS.swapaxes(0, 1), grad)
+    return (
+        jnp.moveaxis(dpost, -1, 0),
+        jnp.moveaxis(jnp.stack(rows), -1, 1),
+        doutput.astype(output_BSD.dtype),
+        dstreams.astype(streams_BSnD.dtype),
+    )
+
+
+_expand.defvjp(_expand_forward, _expand_backward)
 
 
 def _mix_logits(streams_BSnD: jax.Array, fn_MnD: jax.Array, eps: float) -> jax.Array:

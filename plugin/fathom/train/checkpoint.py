@@ -33,6 +33,10 @@ MODEL_ITEM = ("params", "model_state")
 TRAIN_ITEM = ("opt_state", "step", "rng")
 
 
+MIN_SLICE_BYTES = 4 << 20
+"""What copies of an array hold alike is written in slices, one per copy, from this size of a slice on."""
+
+
 class Restored(NamedTuple):
     """A restored run: the state, the data iterator states of all processes, and the payload."""
 
@@ -111,9 +115,8 @@ class Checkpoints:
         }
         custom = {"fathom": payload, "crc32": json_crc32(payload)}
         try:
-            response = self._open().save_checkpointables_async(
-                step, tree, force=True, custom_metadata=custom
-            )
+            with _writing():
+                response = self._open().save_checkpointables_async(step, tree, force=True, custom_metadata=custom)
         except Exception as error:
             raise self._save_failed(step, error) from error
         self._pending = (step, response)
@@ -243,6 +246,13 @@ class Checkpoints:
 def _read_payload(folder: epath.Path) -> dict[str, Any]:
     with reading(folder):
         return read_payload(folder)
+
+
+def _writing() -> ocp.Context:
+    """Orbax would have a program of its own compiled for the slice of every replicated array, a norm's scale too."""
+    context = ocp.Context()
+    context.array_options.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES
+    return context
 
 
 def _as_items(state: TrainState) -> dict[str, Any]:

@@ -123,11 +123,17 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         model=model,
         state=state,
         batch_sharding=batch_sharding(mesh, rules),
-        init=jax.jit(init, out_shardings=shardings),
+        init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh)),
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights)),
     )
+
+
+def _once_options(mesh: Mesh | AbstractMesh) -> dict[str, Any] | None:
+    """For a program that runs once: on CPUs, where it takes longer to compile than to run, it is compiled plainly."""
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 0} if on_cpu else None
 
 
 def loss_weights(train: Any) -> LossWeights:
