@@ -72,12 +72,16 @@ def simulate_devices(count: int) -> None:
     Raises:
       ValueError: when jax already runs with other devices, which a process cannot change.
     """
-    flag = "--xla_cpu_experimental_ynn_fusion_type"
     flags = os.environ.get("XLA_FLAGS", "")
-    # jaxlib 0.10 hands reductions on the CPU to a library that takes twice as long as XLA's own loops do
-    # (BENCHMARKS.md, "CPU step"). Other versions may not know the flag, and XLA aborts on unknown ones.
-    if metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=".strip()
+    # Half of a small model's run on a CPU is compiling; more of LLVM's passes make it longer and the steps no shorter
+    # (BENCHMARKS.md, "CPU step").
+    wanted = {"--xla_backend_optimization_level": "1"}
+    # jaxlib 0.10 hands reductions on the CPU to a library that takes twice as long as XLA's own loops do. Other
+    # versions may not know the flag, and XLA aborts on unknown ones.
+    if metadata.version("jaxlib").startswith("0.10."):
+        wanted["--xla_cpu_experimental_ynn_fusion_type"] = ""
+    missing = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     with contextlib.suppress(RuntimeError):  # a backend is in use: whether it has the devices is checked below
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")

@@ -50,6 +50,7 @@ def whole_models() -> None:
     """Logits and gradients of seed 0 of each schedule against transformers in float64, and its own float32."""
     from fathom.models.deepseek_v4.hf_mapping import hub_tensors
     from tests.parity import test_model as parity
+    from tests.parity.gradients import terms_size
 
     for schedule in parity.SCHEDULES:
         config, theirs = parity.config_of(schedule), parity.reference_model(schedule, 0)
@@ -70,12 +71,18 @@ def whole_models() -> None:
         )
         flat = {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(grads)}
         tensors = [t for t in hub_tensors(config) if t.name in exact]
-        errors = {t.name: parity.relative(t.to_hub(flat[t.path][t.index]), exact[t.name]) for t in tensors}
+        by_name = {t.name: t.to_hub(flat[t.path][t.index]) for t in tensors}
+        errors = {name: parity.relative(gradient, exact[name]) for name, gradient in by_name.items()}
         print(f"{schedule}: gradients, median over {len(errors)} parameters {statistics.median(errors.values()):.1e}")
         for name, error in errors.items():
             if error > LIMIT:
                 reference = parity.relative(single[name], exact[name])
                 print(f"{schedule}: gradient of {name} {error:.1e} (transformers' own float32 {reference:.1e})")
+        weights = parity.native_weights(theirs)
+        for name in sorted(n for n in exact if n.endswith("_scale")):
+            size = terms_size(weights, exact, name)
+            own, reference = (np.linalg.norm(found - exact[name]) / size for found in (by_name[name], single[name]))
+            print(f"{schedule}: {name} in parts of the terms it sums: {own:.1e} (transformers' {reference:.1e})")
 
 
 if __name__ == "__main__":

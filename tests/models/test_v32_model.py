@@ -16,7 +16,7 @@ from flax import nnx
 from fathom import zoo
 from fathom.layers.losses import LossWeights, count_targets
 from fathom.layers.options import ComputeOptions
-from fathom.mesh import abstract_mesh, batch_sharding, make_mesh, sharding_scope, state_shardings
+from fathom.mesh import abstract_mesh
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.recipe import Recipe
 from fathom.train.state import named_leaves
@@ -195,40 +195,6 @@ def test_bad_calls():
         model(np.array([[1, 2, 264]]))
     with pytest.raises(ValueError, match="2 MTP stages"):
         random_model(small_config(num_mtp_layers=2))
-
-
-def test_a_mesh_changes_nothing():
-    mesh = {"expert": 2, "tensor": 2, "context": 2}
-    config = small_config(ffn_kinds=("dense", "moe"))
-    options = dataclasses.replace(FP32, attention="gathered", query_chunk=16)
-    spec = zoo.get("deepseek-v3.2-tiny").with_config(config)
-    graphdef, params, rest = random_model(config, options)
-    batch = packed_rows([(31, 44), (60, 28), (88,), (5, 70)], 88, 264)
-
-    def loss(params, rest, batch):
-        model = nnx.merge(graphdef, params, rest)
-        return spec.loss(model, batch, LossWeights(mtp=0.3, balance=1e-2), count_targets(batch))[0]
-
-    def compiled():
-        # A function of its own each time: jit's cache does not see the sharding rules of the scope.
-        return jax.jit(jax.value_and_grad(lambda *args: loss(*args)), compiler_options=FAST_COMPILE)
-
-    want, expected = compiled()(params, rest, batch)
-    devices, rules = make_mesh(mesh), spec.preset("default")
-    with sharding_scope(devices, rules):
-        placed = [
-            jax.tree.map(lambda v, s: jax.device_put(v, s), state, state_shardings(state, devices, rules))
-            for state in (params, rest)
-        ]
-        # As the train step lays it out.
-        batch = jax.device_put(batch, batch_sharding(devices, rules))
-        value, grads = compiled()(*placed, batch)
-    assert float(value) == pytest.approx(float(want), rel=1e-6)
-    flat = dict(nnx.to_flat_state(expected))
-    for path, grad in nnx.to_flat_state(grads):
-        theirs = np.asarray(flat[path].get_value())
-        error = np.linalg.norm(np.asarray(grad.get_value()) - theirs)
-        assert error <= 1e-5 * np.linalg.norm(theirs), path
 
 
 # The released size, without a device
