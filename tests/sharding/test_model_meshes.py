@@ -45,7 +45,6 @@ MESHES = {
     "context 8": {"context": 8},
     "data 2 context 4": {"data": 2, "context": 4},
     "fsdp 2 expert 2 context 2": {"fsdp": 2, "expert": 2, "context": 2},
-    "tensor 2 context 4": {"tensor": 2, "context": 4},
 }
 ROUTERS = ("hash", "learned") * 2
 CONFIG = small_config(("csa", "hca") * 2, router_kinds=ROUTERS)
