@@ -24,6 +24,9 @@ AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Mesh axes, outermost first. `data` replicates weights, `fsdp` shards them, `expert` holds different
 experts, `tensor` splits heads and channels, `context` splits the sequence."""
 
+LEVEL_FLAG = "xla_backend_optimization_level"
+"""XLA's flag and compiler option for how much LLVM optimises."""
+
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 
@@ -72,16 +75,7 @@ def simulate_devices(count: int) -> None:
     Raises:
       ValueError: when jax already runs with other devices, which a process cannot change.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    # Half of a small model's run on a CPU is compiling; more of LLVM's passes make it longer and the steps no shorter
-    # (BENCHMARKS.md, "CPU step").
-    wanted = {"--xla_backend_optimization_level": "1"}
-    # jaxlib 0.10 hands reductions on the CPU to a library that takes twice as long as XLA's own loops do. Other
-    # versions may not know the flag, and XLA aborts on unknown ones.
-    if metadata.version("jaxlib").startswith("0.10."):
-        wanted["--xla_cpu_experimental_ynn_fusion_type"] = ""
-    missing = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    _set_cpu_flags()
     with contextlib.suppress(RuntimeError):  # a backend is in use: whether it has the devices is checked below
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
@@ -91,6 +85,21 @@ def simulate_devices(count: int) -> None:
             f"{count} simulated CPU devices asked for, and jax already runs with {len(found)} "
             f"{found[0].platform} devices; start a new process, or ask before anything uses jax"
         )
+
+
+def _set_cpu_flags() -> None:
+    """Adds to XLA_FLAGS what makes small models on a CPU compile and run faster (BENCHMARKS.md, "CPU step"), where it
+    is not set already. They stay: XLA reads them when first used, and jax's compilation cache has them in its keys."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags and not flags.lstrip().startswith("--"):
+        return  # the name of a file of flags
+    wanted = {LEVEL_FLAG: "1"}
+    # jaxlib 0.10 hands reductions on the CPU to a library that takes twice as long as XLA's own loops do. Other
+    # versions may not know the flag, and XLA aborts on unknown ones.
+    if metadata.version("jaxlib").startswith("0.10."):
+        wanted["xla_cpu_experimental_ynn_fusion_type"] = ""
+    missing = [f"--{flag}={value}" for flag, value in wanted.items() if flag not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
 def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:

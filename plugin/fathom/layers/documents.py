@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fathom.mesh import constrain
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -68,26 +70,30 @@ class Documents:
         """The windows of `ratio` tokens, anchored at each document's start; at most S // ratio close."""
         batch, length = self.positions_BS.shape
         entries = jnp.arange(length // ratio, dtype=jnp.int32)
-        complete = (self.positions_BS + 1) // ratio
         if self.single:
             shape = (batch, length // ratio)
             return Windows(
                 closing_BE=jnp.broadcast_to((entries + 1) * ratio - 1, shape),
                 start_BE=jnp.broadcast_to(entries * ratio, shape),
                 begin_BS=jnp.zeros_like(self.positions_BS),
-                end_BS=complete.astype(jnp.int32),
+                end_BS=((self.positions_BS + 1) // ratio).astype(jnp.int32),
                 ratio=ratio,
                 aligned=True,
             )
-        closes = self.valid_BS & ((self.positions_BS + 1) % ratio == 0)
-        closed = jnp.cumsum(closes, axis=1, dtype=jnp.int32)
+        # Of whole rows: cut over devices, every step of the search below would be a sum over them.
+        def whole(x):
+            return constrain(x, ("act_batch", None))
+
+        positions, segments = whole(self.positions_BS), whole(self.segment_ids_BS)
+        valid, complete = segments > 0, (positions + 1) // ratio
+        closed = whole(jnp.cumsum(valid & ((positions + 1) % ratio == 0), axis=1, dtype=jnp.int32))
         closing = jax.vmap(lambda row: jnp.searchsorted(row, entries + 1, side="left"))(closed)
-        closing = closing.astype(jnp.int32)
-        last = jnp.take_along_axis(self.positions_BS, closing, axis=1, mode="clip")
+        closing = whole(closing.astype(jnp.int32))
+        last = jnp.take_along_axis(positions, closing, axis=1, mode="clip")
         return Windows(
             closing_BE=closing,
             start_BE=last - (ratio - 1),
-            begin_BS=jnp.where(self.valid_BS, closed - complete, closed).astype(jnp.int32),
+            begin_BS=jnp.where(valid, closed - complete, closed).astype(jnp.int32),
             end_BS=closed,
             ratio=ratio,
             aligned=False,

@@ -33,8 +33,8 @@ MODEL_ITEM = ("params", "model_state")
 TRAIN_ITEM = ("opt_state", "step", "rng")
 
 
-MIN_SLICE_BYTES = 4 << 20
-"""What copies of an array hold alike is written in slices, one per copy, from this size of a slice on."""
+MIN_SLICE_BYTES = 64 << 10
+"""What several devices hold copies of is written in slices, one by each, where a slice has at least this size."""
 
 
 class Restored(NamedTuple):
@@ -115,8 +115,7 @@ class Checkpoints:
         }
         custom = {"fathom": payload, "crc32": json_crc32(payload)}
         try:
-            with _writing():
-                response = self._open().save_checkpointables_async(step, tree, force=True, custom_metadata=custom)
+            response = self._open().save_checkpointables_async(step, tree, force=True, custom_metadata=custom)
         except Exception as error:
             raise self._save_failed(step, error) from error
         self._pending = (step, response)
@@ -187,6 +186,7 @@ class Checkpoints:
                 self.directory,
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
+                context=_writing(),
             )
         return self._manager
 
@@ -249,9 +249,9 @@ def _read_payload(folder: epath.Path) -> dict[str, Any]:
 
 
 def _writing() -> ocp.Context:
-    """Orbax would have a program of its own compiled for the slice of every replicated array, a norm's scale too."""
+    """How arrays are written: orbax would compile a program for the slice of every replicated array, however small."""
     context = ocp.Context()
-    context.array_options.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES
+    context.array.saving.min_slice_bytes_for_replica_parallel = MIN_SLICE_BYTES
     return context
 
 

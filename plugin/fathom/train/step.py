@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fathom.layers.losses import LossWeights, count_targets
 from fathom.layers.options import ComputeOptions
-from fathom.mesh import Rules, batch_sharding, sharding_scope
+from fathom.mesh import LEVEL_FLAG, Rules, batch_sharding, sharding_scope
 from fathom.recipe import Recipe
 from fathom.train import optimizer
 from fathom.train.state import (
@@ -30,6 +30,7 @@ from fathom.train.state import (
     seed_to_rng,
     shardings_of,
     split_model,
+    state_bytes,
 )
 from fathom.zoo import ModelSpec
 
@@ -123,17 +124,17 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         model=model,
         state=state,
         batch_sharding=batch_sharding(mesh, rules),
-        init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh)),
+        init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh, state)),
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights)),
     )
 
 
-def _once_options(mesh: Mesh | AbstractMesh) -> dict[str, Any] | None:
-    """For a program that runs once: on CPUs, where it takes longer to compile than to run, it is compiled plainly."""
+def _once_options(mesh: Mesh | AbstractMesh, state: TrainState) -> dict[str, Any] | None:
+    """Compiler options of the program that makes a state: a small one on a CPU takes longer to compile than to run."""
     on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 0} if on_cpu else None
+    return {LEVEL_FLAG: 0} if on_cpu and state_bytes(state) < 1 << 30 else None
 
 
 def loss_weights(train: Any) -> LossWeights:
