@@ -90,7 +90,7 @@ def test_fast_versions_equal_the_reference_with_gradients(window, length):
     for (_, fast), fast_grads in results[1:]:
         np.testing.assert_allclose(out, fast, atol=1e-6)
         for a, b in zip(grads, fast_grads, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-6)
+            np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-6)  # sums of order 10: their last bits
 
 
 def test_entry_masks_read_as_pictures():

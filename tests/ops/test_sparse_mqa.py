@@ -315,13 +315,13 @@ def test_causal_chunks_read_only_the_rows_they_need():
         selection = VisibleRange(jnp.full((1, 3), begin), jnp.full((1, 3), end))
         return [int(x) for x in masked.for_needed_length(rows, selection, 1000, run)]
 
-    # Six lengths, of 167 rows and its multiples: 1,000 rows are padded to 1,002.
-    assert needed(0, 1) == [167, 0]
-    assert needed(0, 251) == [334, 0]
-    assert needed(740, 990) == [334, 668]
-    assert needed(900, 2000) == [167, 835]
-    assert needed(5, 5) == [167, 835]  # nothing to see: whatever is cheapest
-    assert needed(0, 1000) == [1002, 0]
+    # Seven lengths, of 143 rows and its multiples: 1,000 rows are padded to 1,001.
+    assert needed(0, 1) == [143, 0]
+    assert needed(0, 251) == [286, 0]
+    assert needed(740, 990) == [286, 715]
+    assert needed(900, 2000) == [143, 858]
+    assert needed(5, 5) == [143, 858]  # nothing to see: whatever is cheapest
+    assert needed(0, 1000) == [1001, 0]
 
 
 @pytest.mark.parametrize("add", (add_rows, add_rows_in_order, add_rows_sorted))

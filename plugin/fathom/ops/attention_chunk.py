@@ -64,6 +64,14 @@ def _sum_keys(weight_BCNT: jax.Array, keys: jax.Array) -> jax.Array:
     return _contract(spec, weight_BCNT.astype(keys.dtype), keys)
 
 
+def _masked_scores(q_BCNH: jax.Array, part: Part, scale: float) -> jax.Array:
+    """The scores [B, C, N, T], -inf where a query does not see a key."""
+    score = _scores(q_BCNH, part.keys) * scale
+    if part.penalty_BT is not None:
+        score = score + part.penalty_BT[:, None, None, :]
+    return jnp.where(part.seen_BCT[:, :, None, :], score, -jnp.inf)
+
+
 def _softmax(
     q_BCNH: jax.Array, parts: list[Part], sink_N: jax.Array, scale: float
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
@@ -71,12 +79,7 @@ def _softmax(
 
     The total holds the sink. It stands for 0 where a query sees nothing at all, and for infinity under a sink of +inf.
     """
-    scores = []
-    for part in parts:
-        score = _scores(q_BCNH, part.keys) * scale
-        if part.penalty_BT is not None:
-            score = score + part.penalty_BT[:, None, None, :]
-        scores.append(jnp.where(part.seen_BCT[:, :, None, :], score, -jnp.inf))
+    scores = [_masked_scores(q_BCNH, part, scale) for part in parts]
     sink_N = sink_N.astype(jnp.float32)
     start = jnp.broadcast_to(sink_N, q_BCNH.shape[:3])
     peak = functools.reduce(jnp.maximum, [s.max(axis=-1, initial=-jnp.inf) for s in scores], start)
@@ -89,12 +92,12 @@ def _softmax(
     return weights, inverse, lse
 
 
-def _output(q_BCNH, weights: list[jax.Array], parts: list[Part], inverse: jax.Array, value_dim: int) -> jax.Array:
-    """Sum over all parts of weight x value, divided by the total: [B, C, N, V] in q's dtype."""
+def _values(q_BCNH: jax.Array, weights: list[jax.Array], parts: list[Part], value_dim: int) -> jax.Array:
+    """Sum over all parts of weight x value: float32 [B, C, N, V]."""
     out = jnp.zeros((*q_BCNH.shape[:3], value_dim), jnp.float32)
     for weight, part in zip(weights, parts, strict=True):
         out = out + _sum_keys(weight, part.keys[..., :value_dim])
-    return (out * inverse[..., None]).astype(q_BCNH.dtype)
+    return out
 
 
 def attend(
@@ -102,13 +105,20 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """The chunk's output [B, C, N, V] in q's dtype and its log-sum-exp, sink included, float32 [B, C, N]."""
     weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
-    return _output(q_BCNH, weights, parts, inverse, value_dim), lse
+    return (_values(q_BCNH, weights, parts, value_dim) * inverse[..., None]).astype(q_BCNH.dtype), lse
+
+
+class Made(NamedTuple):
+    """What `attend` gave: out [B, C, N, V], or None to make it again, and lse, float32 [B, C, N]."""
+
+    out: jax.Array | None
+    lse: jax.Array
 
 
 class ChunkGradients(NamedTuple):
-    """out: the chunk's output again, or None. Gradients: dq in q's dtype, the others float32; dkeys as the parts'."""
+    """out: the chunk's output, in q's dtype. Gradients: dq in q's dtype, the others float32; dkeys as the parts'."""
 
-    out: jax.Array | None
+    out: jax.Array
     dq: jax.Array
     dkeys: list[jax.Array]
     dsink_N: jax.Array
@@ -118,28 +128,27 @@ def attend_backward(
     q_BCNH: jax.Array,
     parts: list[Part],
     sink_N: jax.Array,
+    made: Made,
     dout_BCNV: jax.Array,
     dlse_BCN: jax.Array | None,
     *,
     scale: float,
     value_dim: int,
-    want_out: bool,
 ) -> ChunkGradients:
-    """Gradients of `attend`; the softmax is computed again, so nothing of the forward need be kept.
+    """Gradients of `attend`, from what it made; the probabilities are exp(score - log-sum-exp).
 
-    With P the softmax, dP = dout . v and delta = sum P dP:  dS = P (dP - delta + dlse), and for the sink, whose value
-    is zero, dsink = P_sink (dlse - delta).
+    With P the softmax, dP = dout . v and delta = sum P dP = dout . out:  dS = P (dP - delta + dlse), and for the sink,
+    whose value is zero, dsink = P_sink (dlse - delta).
     """
-    weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
-    out = None
-    if want_out:
-        out = _output(q_BCNH, weights, parts, inverse, value_dim)
+    out, lse = made
+    # Of a query that sees nothing the log-sum-exp is -inf, as its scores are.
+    level = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
+    probabilities = [jnp.exp(_masked_scores(q_BCNH, part, scale) - level) for part in parts]
+    if out is None:
+        out = _values(q_BCNH, probabilities, parts, value_dim).astype(q_BCNH.dtype)
     dout_BCNV = dout_BCNV.astype(q_BCNH.dtype)
-    probabilities = [w * inverse[..., None] for w in weights]
     dprobabilities = [_scores(dout_BCNV, part.keys[..., :value_dim]) for part in parts]
-    delta = jnp.zeros(lse.shape, jnp.float32)
-    for p, dp in zip(probabilities, dprobabilities, strict=True):
-        delta = delta + (p * dp).sum(axis=-1)
+    delta = (dout_BCNV.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     shift = -delta if dlse_BCN is None else dlse_BCN.astype(jnp.float32) - delta
     dq, dkeys = jnp.zeros(q_BCNH.shape, jnp.float32), []
     for p, dp, part in zip(probabilities, dprobabilities, parts, strict=True):

@@ -2,8 +2,8 @@
 
 V4-Flash's queries and attention outputs are eight times as wide as its residual stream: 8 GiB each at 128K tokens in
 bfloat16. `attend_in_chunks` makes the queries of a stretch, attends, and projects the output before it goes on to the
-next. The backward does so again; it keeps nothing but the arguments and sums the gradients of the weights, of the
-sinks and of the entries in float32.
+next. The backward does so again; it keeps nothing but the arguments and the log-sum-exp, and sums the gradients of the
+weights, of the sinks and of the entries in float32.
 
 Letters: B batch, S queries, N heads, H key channels, V value channels, E entries, C queries of a stretch.
 """
@@ -16,17 +16,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fathom.ops import sparse_mqa_chunks as chunks
+from fathom.ops.attention_chunk import Made
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.selection import Selection
 from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan, with_earlier
 
 Tree = Any
 
-LAYER_CHUNK = 1024
-"""Queries of a stretch: enough of them that reading the weights, and adding to their gradients, is not what takes the
-time; V4-Flash's queries are then 64 MiB."""
+SHORTEST_STRETCH = 1024
+"""Queries of a stretch at the least: enough of them that reading the weights, and adding to their gradients, is not
+what takes the time."""
+STRETCH_BYTES = 1 << 26
+"""What the queries of a stretch may take: 1,024 of V4-Flash's in bfloat16."""
+
+
+def stretch_length(heads: int, head_dim: int, dtype: jnp.dtype) -> int:
+    """Queries of a stretch, a power of two: as many as `STRETCH_BYTES` holds, and never fewer than the shortest."""
+    fit = STRETCH_BYTES // (heads * head_dim * jnp.dtype(dtype).itemsize)
+    return max(SHORTEST_STRETCH, 1 << (fit.bit_length() - 1) if fit else 0)
 
 
 class Functions(NamedTuple):
@@ -54,7 +64,7 @@ def attend_in_chunks(
     earlier_BWH: jax.Array | None = None,
     implementation: str = "auto",
     query_chunk: int | None = None,
-    layer_chunk: int = LAYER_CHUNK,
+    layer_chunk: int = SHORTEST_STRETCH,
 ) -> tuple[jax.Array, jax.Array]:
     """`output_fn` of the attention of `query_fn`'s queries, a stretch of queries at a time, and its log-sum-exp.
 
@@ -132,7 +142,9 @@ def _layer(plan, functions, params, inputs, keys, sink_N, band_BS, entries_BEH, 
 
 
 def _layer_forward(plan, functions, *args):
-    return _layer(plan, functions, *args), args
+    # Named here, for a policy of activation checkpointing to keep the very arrays that the backward reads.
+    y, lse = checkpoint_name(_layer(plan, functions, *args), "attention")
+    return (y, lse), (args, lse)
 
 
 class _Inputs(NamedTuple):
@@ -157,7 +169,7 @@ def _is_float(x: jax.Array) -> bool:
 
 
 def _layer_backward(plan, functions, residuals, cotangents):
-    params, inputs, unpadded, sink_N, band_BS, entries_BEH, selection = residuals
+    (params, inputs, unpadded, sink_N, band_BS, entries_BEH, selection), lse = residuals
     dy, _ = cotangents
     length, chunk = dy.shape[1], functions.chunk
     rows = chunks.prepare_rows(plan, entries_BEH)
@@ -165,7 +177,7 @@ def _layer_backward(plan, functions, residuals, cotangents):
 
     def step(carry, xs):
         dparams, dsink, owed, drows = carry
-        (number, here, band, picked), dy = xs
+        (number, here, band, picked), lse, dy = xs
         floats, others = _Inputs.of(here)
 
         def make_queries(params, floats):
@@ -179,7 +191,7 @@ def _layer_backward(plan, functions, residuals, cotangents):
         _, pull_out = jax.vjp(lambda out: project(params, floats, out), blank)
         near = chunks.keys_of_chunk(plan, keys, number, chunk)
         grads = chunks.backward(
-            plan, q, near, sink_N, band, rows, picked, *pull_out(dy), None, owed, drows, want_out=True
+            plan, q, near, sink_N, band, rows, picked, Made(None, lse), *pull_out(dy), None, owed, drows
         )
         _, pull_project = jax.vjp(lambda params, floats: project(params, floats, grads.out), params, floats)
         terms = pull_queries(grads.dq), pull_project(dy)
@@ -194,7 +206,7 @@ def _layer_backward(plan, functions, residuals, cotangents):
         chunks.nothing_owed(plan, unpadded),
         chunks.zero_gradient(rows),
     )
-    xs = _stretches(functions, inputs, band_BS, selection), to_chunks(dy, chunk)
+    xs = _stretches(functions, inputs, band_BS, selection), to_chunks(lse, chunk), to_chunks(dy, chunk)
     (dparams, dsink, owed, drows), ys = jax.lax.scan(step, start, xs, reverse=True)
     dfloats, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
     return (

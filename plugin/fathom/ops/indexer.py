@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from fathom.ops.chunks import from_chunks, to_chunks
+from fathom.ops.platform import program_platform
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import VisibleRange
 
 MAX_PRODUCTS = 1 << 26
 """Products of queries and keys held at a time: 256 MiB in float32."""
-LENGTHS, SHORTEST = 2, 1024
-"""How many lengths of range are compiled for at most, and the fewest entries of the shortest."""
+LENGTHS = {"cpu": 8}
+"""How many lengths of range are compiled for at most where it is not 2: each is a sort, which a TPU's compiler takes
+long over, and a CPU's does not."""
+SHORTEST = {"cpu": 256}
+"""The fewest entries of the shortest range where it is not 1,024."""
 
 
 def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) -> jax.Array:
@@ -48,10 +52,14 @@ def approximate_topk(
     scores = _visible_scores(scores_BCE, visible)
     values, indices = jax.lax.approx_max_k(scores, keep, recall_target=recall_target)
     indices = jnp.where(values > -jnp.inf, indices, -1)
-    count = (visible.end_BS - visible.begin_BS)[..., None]
-    place = jnp.arange(keep)
-    all_seen = jnp.where(place < count, visible.begin_BS[..., None] + place, -1)
-    return jnp.where(count <= keep, all_seen, indices).astype(jnp.int32)
+    fits = (visible.end_BS - visible.begin_BS)[..., None] <= keep
+    return jnp.where(fits, all_visible(visible, keep), indices).astype(jnp.int32)
+
+
+def all_visible(visible: VisibleRange, keep: int) -> jax.Array:
+    """int32 [B, C, keep]: the first `keep` visible entries in their order; then -1."""
+    entry = visible.begin_BS[..., None] + jnp.arange(keep)
+    return jnp.where(entry < visible.end_BS[..., None], entry, -1).astype(jnp.int32)
 
 
 def _visible_scores(scores_BCE: jax.Array, visible: VisibleRange) -> jax.Array:
@@ -60,8 +68,13 @@ def _visible_scores(scores_BCE: jax.Array, visible: VisibleRange) -> jax.Array:
     return jnp.where(seen, scores_BCE, -jnp.inf)
 
 
-def _lengths(num_entries: int, keep: int) -> int:
-    return max(1, min(LENGTHS, num_entries // max(SHORTEST, keep)))
+def range_sizes(num_entries: int, keep: int) -> list[int]:
+    """The lengths of range that a program is compiled for; the first, with nothing to choose from, is `keep`."""
+    platform = program_platform()
+    lengths = max(1, min(LENGTHS.get(platform, 2), num_entries // max(SHORTEST.get(platform, 1024), keep)))
+    unit = -(-num_entries // lengths)
+    scored = [min(unit * (i + 1), num_entries) for i in range(lengths)]
+    return [keep, *(size for size in scored if size > keep)]
 
 
 def _in_needed_range(visible: VisibleRange, num_entries: int, keep: int, run) -> jax.Array:
@@ -69,17 +82,13 @@ def _in_needed_range(visible: VisibleRange, num_entries: int, keep: int, run) ->
 
     Causal queries early in a sequence then score few of its entries. One program is compiled for each length.
     """
-    lengths = _lengths(num_entries, keep)
-    if lengths == 1:
-        return run(0, num_entries)
-    unit = -(-num_entries // lengths)
+    sizes = range_sizes(num_entries, keep)
     sees = visible.end_BS > visible.begin_BS
     low = jnp.where(sees, jnp.maximum(visible.begin_BS, 0), num_entries).min()
     high = jnp.where(sees, jnp.minimum(visible.end_BS, num_entries), 0).max()
-    which = jnp.clip((high - low + unit - 1) // unit - 1, 0, lengths - 1)
-    sizes = [min(unit * (i + 1), num_entries) for i in range(lengths)]
+    which = (high - low > jnp.array(sizes[:-1], jnp.int32)).sum()
     branches = [lambda size=size: run(jnp.clip(low, 0, num_entries - size), size) for size in sizes]
-    return jax.lax.switch(which, branches)
+    return jax.lax.switch(which, branches) if len(sizes) > 1 else branches[0]()
 
 
 def indexer_topk(
@@ -104,8 +113,8 @@ def indexer_topk(
       recall_target: with "approx", the mean share of the true top-k to find.
 
     Returns:
-      int32 [B, S, min(top_k, E)], no entry twice, -1 where a query sees fewer; best first with ties by lowest entry
-      number when exact.
+      int32 [B, S, K], no entry twice, -1 where a query sees fewer. Of equal scores at the edge "exact" takes the lowest
+      entries. Best first, but for queries of a chunk that sees no more than K entries, which is not scored.
 
     Raises:
       ValueError: for an unknown selection.
@@ -116,8 +125,11 @@ def indexer_topk(
 
     def one_chunk(chunk):
         q, weights, *visible = chunk
+        clipped = VisibleRange(jnp.maximum(visible[0], 0), jnp.minimum(visible[1], k_BEH.shape[1]))
 
         def of_range(start, length: int) -> jax.Array:
+            if length <= keep:
+                return all_visible(clipped, keep)
             scores = indexer_scores(q, jax.lax.dynamic_slice_in_dim(k_BEH, start, length, axis=1), weights)
             seen = VisibleRange(*(edge - start for edge in visible))
             if selection == "exact":

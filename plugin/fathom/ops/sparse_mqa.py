@@ -19,7 +19,7 @@ Versions behind one signature:
   short      V4's composition up to 256 tokens (ops/sparse_mqa_short.py).
 "auto" takes the short version where it can, and gathers where there are more than `GATHER_BEYOND` times as many rows as
 each query lists. Neither masked nor gathered holds anything of size queries x rows or queries x listed x channels of
-the whole sequence, and the backward of each keeps nothing but the arguments.
+the whole sequence, and the backward of each keeps the arguments, the output and its log-sum-exp.
 
 Letters: B batch, S queries, T rows, E entries, N heads, H key channels, V value channels, K rows listed per query.
 """
@@ -32,9 +32,12 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from fathom.ops import sparse_mqa_chunks as chunks
 from fathom.ops import sparse_mqa_short
+from fathom.ops.attention_chunk import Made
+from fathom.ops.platform import program_platform
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import Selected, Selection, entry_mask
 from fathom.ops.sparse_mqa_short import attend_short
@@ -47,13 +50,6 @@ pass those of the gathers; GPU taken from the TPU, unmeasured (BENCHMARKS.md).""
 
 QUERY_CHUNK = {("cpu", "gathered"): 4, ("cpu", "masked"): 64}
 """Queries per step where the default of 64 is not the best: on a CPU a step's gathered rows should fit in its cache."""
-
-
-def program_platform() -> str:
-    """The platform the program is traced for: the mesh's, which may have no devices here, or else the process's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = getattr(device, "platform", None) or jax.default_backend()
-    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 @functools.cache
@@ -141,15 +137,17 @@ def _attention(plan: chunks.Plan, q_BSNH, keys, sink_N, band_BS, rows_BTH, selec
 
 
 def _attention_forward(plan, *args):
-    return _attention(plan, *args), args
+    # Named here, for a policy of activation checkpointing to keep the very arrays that the backward reads.
+    out, lse = checkpoint_name(_attention(plan, *args), "attention")
+    return (out, lse), (args, Made(out, lse))
 
 
 def _attention_backward(plan, residuals, cotangents):
-    q_BSNH, keys, sink_N, band_BS, rows_BTH, selection = residuals
+    (q_BSNH, keys, sink_N, band_BS, rows_BTH, selection), made = residuals
     rows = chunks.prepare_rows(plan, rows_BTH)
     owed = chunks.nothing_owed(plan, keys)
     grads = chunks.backward(
-        plan, q_BSNH, keys, sink_N, band_BS, rows, selection, *cotangents, owed, chunks.zero_gradient(rows)
+        plan, q_BSNH, keys, sink_N, band_BS, rows, selection, made, *cotangents, owed, chunks.zero_gradient(rows)
     )
     return (
         grads.dq,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fathom.ops import sparse_mqa_gathered, sparse_mqa_masked
-from fathom.ops.attention_chunk import Part, attend, attend_backward, masked_part
+from fathom.ops.attention_chunk import Made, Part, attend, attend_backward, masked_part
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.selection import Selected, Selection
 
@@ -153,12 +153,12 @@ class Gradients(NamedTuple):
     """Of one stretch of queries.
 
     Attributes:
-      out: the output again, or None. dq: in q's dtype. dsink_N: float32.
+      out: the output. dq: in q's dtype. dsink_N: float32.
       dkv_BSH: of the queries' own keys, in their dtype. owed: float32 [B, W, H], to the keys before them.
       drows: the sum so far, float32.
     """
 
-    out: jax.Array | None
+    out: jax.Array
     dq: jax.Array
     dkv_BSH: jax.Array | None
     owed: jax.Array | None
@@ -174,18 +174,17 @@ def backward(
     band_BS: jax.Array | None,
     rows: Rows,
     selection: Selection,
+    made: Made,
     dout: jax.Array,
     dlse: jax.Array | None,
     owed: jax.Array | None,
     drows: jax.Array | None,
-    *,
-    want_out: bool = False,
 ) -> Gradients:
     """Gradients of `forward`.
 
     Args:
+      made: what `forward` gave, the output or None in its place.
       owed: float32 [B, W, H], what later queries owe to the last W of these keys. drows: float32 sum to add to.
-      want_out: compute the output too.
     """
     length = q_BSNH.shape[1]
     chunk = min(plan.query_chunk, length)
@@ -197,15 +196,15 @@ def backward(
 
     def step(carry, xs):
         owed, drows, dsink = carry
-        number, band_BC, picked, (q, dout, dlse) = xs
+        number, band_BC, picked, (q, made, dout, dlse) = xs
         band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
-        args, sizes = (dout, dlse), dict(plan.sizes, want_out=want_out)
+        args = made, dout, dlse
         if rows.count:
             grads, drows = VERSIONS[plan.version].backward(
-                q, band, sink_N, rows.prepared, picked, *args, drows, rows.count, **sizes
+                q, band, sink_N, rows.prepared, picked, *args, drows, rows.count, **plan.sizes
             )
         else:
-            grads = attend_backward(q, band, sink_N, *args, **sizes)
+            grads = attend_backward(q, band, sink_N, *args, **plan.sizes)
         dkv = None
         if plan.window:
             dkeys = grads.dkeys[0] + owed
@@ -214,7 +213,7 @@ def backward(
         return (owed, drows, dsink + grads.dsink_N), (grads.out, grads.dq, dkv)
 
     carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32))
-    xs = _steps(chunk, band_BS, selection, q_BSNH, dout, dlse)
+    xs = _steps(chunk, band_BS, selection, q_BSNH, made, dout, dlse)
     (owed, drows, dsink), ys = jax.lax.scan(step, carry, xs, reverse=True)
     out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
     return Gradients(out, dq, dkv, owed[:, chunk:] if plan.window else None, drows, dsink)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward
+from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward
 from fathom.ops.segment_sum import add_rows
 from fathom.ops.selection import Selected
 
@@ -35,11 +35,21 @@ def forward(q, band: list[Part], sink, rows: jax.Array, selection: Selected, num
 
 
 def backward(
-    q, band: list[Part], sink, rows: jax.Array, selection: Selected, dout, dlse, drows, num_rows: int, **sizes
+    q,
+    band: list[Part],
+    sink,
+    rows: jax.Array,
+    selection: Selected,
+    made: Made,
+    dout,
+    dlse,
+    drows,
+    num_rows: int,
+    **sizes,
 ) -> tuple[ChunkGradients, jax.Array]:
     """`attend_backward`, the rows' gradient added to `drows` (float32, shaped as `rows`)."""
     indices = tidy(selection.indices_BSK, num_rows)
-    grads = attend_backward(q, [*band, _part(rows, indices)], sink, dout, dlse, **sizes)
+    grads = attend_backward(q, [*band, _part(rows, indices)], sink, made, dout, dlse, **sizes)
     batch, width = drows.shape[0], drows.shape[2]
     flat = grads.dkeys[-1].reshape(batch, -1, width)
     drows = jax.vmap(add_rows)(drows, indices.reshape(batch, -1), flat)

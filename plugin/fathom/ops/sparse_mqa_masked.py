@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward, finite_keys
+from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward, finite_keys
+from fathom.ops.platform import program_platform
 from fathom.ops.selection import Selection, VisibleRange
 
-LENGTHS = 6
-"""How many lengths of range a program is compiled for."""
+LENGTHS = {"cpu": 12}
+"""How many lengths of range a program is compiled for at most where it is not 6: a CPU's compiler is quick about
+each."""
 SHORTEST = 128
 """Ranges are multiples of at least this many rows."""
 
@@ -29,7 +31,7 @@ class MaskedRows(NamedTuple):
 
 
 def num_lengths(num_rows: int) -> int:
-    return max(1, min(LENGTHS, num_rows // SHORTEST))
+    return max(1, min(LENGTHS.get(program_platform(), 6), num_rows // SHORTEST))
 
 
 def prepare(rows_BTH: jax.Array) -> MaskedRows:
@@ -94,17 +96,27 @@ def forward(q, band: list[Part], sink, rows: MaskedRows, selection: Selection, n
 
 
 def backward(
-    q, band: list[Part], sink, rows: MaskedRows, selection: Selection, dout, dlse, drows, num_rows: int, **sizes
+    q,
+    band: list[Part],
+    sink,
+    rows: MaskedRows,
+    selection: Selection,
+    made: Made,
+    dout,
+    dlse,
+    drows,
+    num_rows: int,
+    **sizes,
 ) -> tuple[ChunkGradients, jax.Array]:
     """`attend_backward`, the rows' gradient added to `drows` (float32, shaped as `rows.rows_BTH`)."""
 
-    def run(length, start, q, band, sink, rows, selection, dout, dlse, drows):
+    def run(length, start, q, band, sink, rows, selection, made, dout, dlse, drows):
         parts = [*band, _part(rows, selection, start, length, num_rows)]
-        grads = attend_backward(q, parts, sink, dout, dlse, **sizes)
+        grads = attend_backward(q, parts, sink, made, dout, dlse, **sizes)
         total = jax.lax.dynamic_slice_in_dim(drows, start, length, axis=1) + grads.dkeys[-1]
         drows = jax.lax.dynamic_update_slice_in_dim(drows, total, start, axis=1)
         return grads._replace(dkeys=grads.dkeys[:-1]), drows
 
     return for_needed_length(
-        rows, selection, num_rows, run, q, band, sink, rows, selection, dout, dlse, drows
+        rows, selection, num_rows, run, q, band, sink, rows, selection, made, dout, dlse, drows
     )

@@ -2,7 +2,7 @@
 
 Where a row is a few hundred tokens long, a loop over chunks of queries costs more than it saves. Each block reads the
 keys its band may reach, and every entry, under one mask; the rows taken together are as many as a cache holds. The
-backward computes the softmax again and keeps nothing but the arguments.
+backward keeps the arguments, the output and its log-sum-exp.
 
 Letters: B batch, G rows of the batch taken together, S queries, N heads, H key channels, E entries.
 """
@@ -14,8 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from fathom.ops.attention_chunk import ChunkGradients, Part, attend, attend_backward, masked_part
+from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward, masked_part
 from fathom.ops.selection import Selection, entry_mask
 
 LENGTH = 256
@@ -78,31 +79,34 @@ def _attend(sizes, sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE):
 
 
 def _attend_forward(sizes, *args):
-    return _attend(sizes, *args), args
+    # Named here, for a policy of activation checkpointing to keep the very arrays that the backward reads.
+    out, lse = checkpoint_name(_attend(sizes, *args), "attention")
+    return (out, lse), (args, Made(out, lse))
 
 
-def _attend_backward(sizes, args, cotangents):
+def _attend_backward(sizes, residuals, cotangents):
     window, scale = sizes
+    args, made = residuals
     sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE = args
 
-    def of_block(span, q, dout, dlse, *keys) -> ChunkGradients:
+    def of_block(span, q, made, dout, dlse, *keys) -> ChunkGradients:
         queries = slice(span[1], span[2])
         return attend_backward(
             q[:, queries],
             [_block(span, *keys)],
             sink_N,
+            Made(made.out[:, queries], made.lse[:, queries]),
             dout[:, queries],
             dlse[:, queries],
             scale=scale,
             value_dim=kv_BSH.shape[-1],
-            want_out=False,
         )
 
     def of_rows(group):
-        (q, kv, *others), (dout, dlse) = group
+        (q, kv, *others), made, (dout, dlse) = group
         dkv, dentries, dq, dsink = 0.0, 0.0, [], 0.0
         for span in spans:
-            grads = of_block(span, q, dout, dlse, kv, *others)
+            grads = of_block(span, q, made, dout, dlse, kv, *others)
             first, _, end = span
             dkv += jnp.pad(grads.dkeys[0][:, : end - first], ((0, 0), (first, kv.shape[1] - end), (0, 0)))
             dentries += grads.dkeys[0][:, end - first :]
@@ -112,7 +116,7 @@ def _attend_backward(sizes, args, cotangents):
         return jnp.concatenate(dq, axis=1), dkv.astype(kv.dtype), dentries, dsink
 
     spans = _spans(q_BSNH.shape[1], window)
-    groups = (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE), cotangents
+    groups = (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE), made, cotangents
     rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
     *grads, dsink = jax.lax.map(of_rows, _in_groups(rows, groups))
     dq, dkv, dentries = _whole(tuple(grads))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from fathom.layers.documents import Documents
 from fathom.layers.indexer import BaseIndexer, TeacherParts
@@ -24,7 +23,7 @@ from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_f
 from fathom.layers.shards import QUERIES, START, Place, Shard, per_device
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.models.deepseek_v32.mla import Latents, absorbed_queries, choose, latent_attention, sizes_of
-from fathom.ops.chunked_layer import LAYER_CHUNK, attend_in_chunks
+from fathom.ops.chunked_layer import attend_in_chunks, stretch_length
 from fathom.ops.quantization import hadamard, simulate_fp8
 from fathom.ops.selection import Selection, VisibleRange
 
@@ -231,7 +230,7 @@ class Attention(nnx.Module):
         sizes = sizes_of(projections.latents_BTR, weights["wkv_b"], c.nope_head_dim)
         chosen = choose(sizes, selection, implementation=options.attention, form=options.mla_form)
         if place.stretch is not None and parts[0].shape[1] > place.stretch and chosen.form == "absorbed":
-            made = attend_in_chunks(
+            return attend_in_chunks(
                 functools.partial(_absorbed_queries, c.nope_head_dim),
                 functools.partial(_project_latents, dtype, c.nope_head_dim),
                 weights,
@@ -248,7 +247,6 @@ class Attention(nnx.Module):
                 query_chunk=options.query_chunk,
                 layer_chunk=place.stretch,
             )
-            return checkpoint_name(made, "attention")
         out, lse = latent_attention(
             _latents(c.nope_head_dim, weights, parts, projections.latents_BTR),
             selection,
@@ -258,7 +256,7 @@ class Attention(nnx.Module):
             form=options.mla_form,
             query_chunk=options.query_chunk,
         )
-        return project(weights, checkpoint_name(out, "attention")), lse
+        return project(weights, out), lse
 
     def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         """[B, S, D] -> [B, S, D], 0 for a padding token; and the indexer's loss, a float32 sum over queries."""
@@ -267,7 +265,9 @@ class Attention(nnx.Module):
     def on_device(self, shard: Shard, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, jax.Array]:
         """`__call__` on one device's tokens and heads."""
         c = self.config
-        place = Place(shard, None, self.options.stretch or LAYER_CHUNK)
+        width = c.kv_lora_rank + c.rope_head_dim  # of a query in the absorbed form
+        stretch = self.options.stretch or stretch_length(self.wq_b.weight.shape[1], width, x_BSD.dtype)
+        place = Place(shard, None, stretch)
         projections = self.project(x_BSD, inputs, place)
         choice = self.indexer(x_BSD, projections.qr_BSR, inputs, place)
         y, lse = self.attend(projections, choice.selection, inputs, place)

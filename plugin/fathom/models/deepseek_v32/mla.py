@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.precision import precision_of
@@ -263,4 +264,6 @@ def latent_attention(
         attend = _fused if plain else _attend
         values = keys[..., :rank] if form == "absorbed" else values
         out, lse = attend(equations, query, keys, values, mask, scale)
+    if implementation != "gathered":  # which names what its backward reads itself
+        out, lse = checkpoint_name((out, lse), "attention")
     return (contract("bsnr,rnv->bsnv", out, latents.w_v_RNV) if form == "absorbed" else out), lse

@@ -12,7 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from fathom.layers.documents import Documents, Windows
 from fathom.layers.indexer import NO_CHOICE, BaseIndexer, Choice, TeacherParts
@@ -24,7 +23,7 @@ from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_f
 from fathom.layers.shards import KEYS, QUERIES, START, Place, Shard, per_device
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.ops.chunked_layer import LAYER_CHUNK, attend_in_chunks
+from fathom.ops.chunked_layer import attend_in_chunks, stretch_length
 from fathom.ops.quantization import hadamard, simulate_fp4, simulate_fp8
 from fathom.ops.selection import Selection, VisibleRange
 from fathom.ops.sparse_mqa import banded_sparse_mqa
@@ -220,7 +219,8 @@ class Attention(nnx.Module):
     ) -> tuple[Place, jax.Array | None]:
         """Where the tokens stand, with the hidden states before them that compressors pool; and the key-values before
         them that the band reaches, None for a whole row."""
-        place = Place(shard, None, self.options.stretch or LAYER_CHUNK)
+        heads, width = self.wq_b.weight.shape[1:]
+        place = Place(shard, None, self.options.stretch or stretch_length(heads, width, x_BSD.dtype))
         if shard.count == 1:
             return place, None
         reach = 0
@@ -256,10 +256,9 @@ class Attention(nnx.Module):
         )
         attended = kv_BSH, self.sink[...], band, entries_BEH, selection
         if qr_BSR.shape[1] > place.stretch and self.options.attention != "reference":
-            made = attend_in_chunks(queries, project, weights, parts, *attended, layer_chunk=place.stretch, **common)
-            return checkpoint_name(made, "attention")
+            return attend_in_chunks(queries, project, weights, parts, *attended, layer_chunk=place.stretch, **common)
         out, lse = banded_sparse_mqa(queries(weights, parts), *attended, return_lse=True, **common)
-        return project(weights, parts, checkpoint_name(out, "attention")), lse
+        return project(weights, parts, out), lse
 
     def _compressed(
         self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs, place: Place = START
