@@ -22,7 +22,7 @@ class ComputeOptions:
       attention: which version of the attention op runs; "auto" picks by the rule in ops/sparse_mqa.py, for V3.2 in
         models/deepseek_v32/mla.py.
       query_chunk: queries per step of the attention and of the indexer; unless given 128 for the indexer and for
-        V3.2's masked attention, else by platform and version.
+        V3.2's masked attention, else 64.
       stretch: tokens whose queries, projections and other wide results of an attention sublayer are held at a time,
         on each device; unless given as many as ops/chunked_layer.py says. Shorter sequences are worked through whole.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the

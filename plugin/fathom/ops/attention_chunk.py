@@ -92,7 +92,7 @@ def _softmax(
     return weights, inverse, lse
 
 
-def _values(q_BCNH: jax.Array, weights: list[jax.Array], parts: list[Part], value_dim: int) -> jax.Array:
+def values(q_BCNH: jax.Array, weights: list[jax.Array], parts: list[Part], value_dim: int) -> jax.Array:
     """Sum over all parts of weight x value: float32 [B, C, N, V]."""
     out = jnp.zeros((*q_BCNH.shape[:3], value_dim), jnp.float32)
     for weight, part in zip(weights, parts, strict=True):
@@ -100,23 +100,78 @@ def _values(q_BCNH: jax.Array, weights: list[jax.Array], parts: list[Part], valu
     return out
 
 
-def attend(
-    q_BCNH: jax.Array, parts: list[Part], sink_N: jax.Array, *, scale: float, value_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """The chunk's output [B, C, N, V] in q's dtype and its log-sum-exp, sink included, float32 [B, C, N]."""
-    weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
-    return (_values(q_BCNH, weights, parts, value_dim) * inverse[..., None]).astype(q_BCNH.dtype), lse
-
-
 class Made(NamedTuple):
-    """What `attend` gave: out [B, C, N, V], or None to make it again, and lse, float32 [B, C, N]."""
+    """What `attend` gives: out [B, C, N, V] (None: to be made again), and log-sum-exp, sink included [B, C, N].
+
+    Float32 both, until they leave the op.
+    """
 
     out: jax.Array | None
     lse: jax.Array
 
 
+def attend(q_BCNH: jax.Array, parts: list[Part], sink_N: jax.Array, *, scale: float, value_dim: int) -> Made:
+    """The chunk's output and its log-sum-exp."""
+    weights, inverse, lse = _softmax(q_BCNH, parts, sink_N, scale)
+    return Made(values(q_BCNH, weights, parts, value_dim) * inverse[..., None], lse)
+
+
+def merge(a: Made, b: Made) -> Made:
+    """The output of one softmax over the keys of both; at most one of them may hold a sink."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    out = jnp.zeros_like(a.out)
+    for made in (a, b):
+        # Neither a query that sees nothing, -inf, nor one under a sink of +inf has an output.
+        share = jnp.where(jnp.isinf(lse), 0.0, jnp.exp(made.lse - lse))
+        out = out + made.out * share[..., None]
+    return Made(out, lse)
+
+
+def probabilities(q_BCNH: jax.Array, parts: list[Part], lse_BCN: jax.Array, scale: float) -> list[jax.Array]:
+    """exp(score - log-sum-exp) of each part: float32 [B, C, N, T]."""
+    # Of a query that sees nothing the log-sum-exp is -inf, as its scores are.
+    level = jnp.where(lse_BCN == -jnp.inf, 0.0, lse_BCN)[..., None]
+    return [jnp.exp(_masked_scores(q_BCNH, part, scale) - level) for part in parts]
+
+
+class PartGradients(NamedTuple):
+    """dq: float32 [B, C, N, H]. dkeys: float32, as the parts' keys."""
+
+    dq: jax.Array
+    dkeys: list[jax.Array]
+
+
+def part_gradients(
+    q_BCNH: jax.Array,
+    parts: list[Part],
+    weights: list[jax.Array],
+    dout_BCNV: jax.Array,
+    shift_BCN: jax.Array,
+    scale: float,
+) -> PartGradients:
+    """What parts of known probabilities owe to queries and keys: dS = P (dP + shift), with dP = dout . v."""
+    dq, dkeys = jnp.zeros(q_BCNH.shape, jnp.float32), []
+    for p, part in zip(weights, parts, strict=True):
+        dp = _scores(dout_BCNV, part.keys[..., : dout_BCNV.shape[-1]])
+        dscore = p * (dp + shift_BCN[..., None]) * scale
+        dq = dq + _sum_keys(dscore, part.keys)
+        dkeys.append(_dkeys(p, dscore, q_BCNH, dout_BCNV, shared=part.keys.ndim == 3))
+    return PartGradients(dq, dkeys)
+
+
+def softmax_shift(out_BCNV: jax.Array, dout_BCNV: jax.Array, dlse_BCN: jax.Array | None) -> jax.Array:
+    """What a softmax adds to every dP: dlse - delta, with delta = sum P dP = dout . out. Float32 [B, C, N]."""
+    delta = (dout_BCNV.astype(jnp.float32) * out_BCNV.astype(jnp.float32)).sum(axis=-1)
+    return -delta if dlse_BCN is None else dlse_BCN.astype(jnp.float32) - delta
+
+
+def sink_gradient(sink_N: jax.Array, lse_BCN: jax.Array, shift_BCN: jax.Array) -> jax.Array:
+    """Of the sink, whose value is zero, dsink = P_sink (dlse - delta): float32 [N]."""
+    return (_sink_weight(sink_N.astype(jnp.float32), lse_BCN) * shift_BCN).sum(axis=(0, 1))
+
+
 class ChunkGradients(NamedTuple):
-    """out: the chunk's output, in q's dtype. Gradients: dq in q's dtype, the others float32; dkeys as the parts'."""
+    """out: the chunk's output. dq: in q's dtype, the other gradients float32; dkeys: as the parts' keys."""
 
     out: jax.Array
     dq: jax.Array
@@ -135,28 +190,13 @@ def attend_backward(
     scale: float,
     value_dim: int,
 ) -> ChunkGradients:
-    """Gradients of `attend`, from what it made; the probabilities are exp(score - log-sum-exp).
-
-    With P the softmax, dP = dout . v and delta = sum P dP = dout . out:  dS = P (dP - delta + dlse), and for the sink,
-    whose value is zero, dsink = P_sink (dlse - delta).
-    """
-    out, lse = made
-    # Of a query that sees nothing the log-sum-exp is -inf, as its scores are.
-    level = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
-    probabilities = [jnp.exp(_masked_scores(q_BCNH, part, scale) - level) for part in parts]
-    if out is None:
-        out = _values(q_BCNH, probabilities, parts, value_dim).astype(q_BCNH.dtype)
+    """Gradients of `attend`, from what it made."""
+    weights = probabilities(q_BCNH, parts, made.lse, scale)
+    out = values(q_BCNH, weights, parts, value_dim) if made.out is None else made.out
     dout_BCNV = dout_BCNV.astype(q_BCNH.dtype)
-    dprobabilities = [_scores(dout_BCNV, part.keys[..., :value_dim]) for part in parts]
-    delta = (dout_BCNV.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    shift = -delta if dlse_BCN is None else dlse_BCN.astype(jnp.float32) - delta
-    dq, dkeys = jnp.zeros(q_BCNH.shape, jnp.float32), []
-    for p, dp, part in zip(probabilities, dprobabilities, parts, strict=True):
-        dscore = p * (dp + shift[..., None]) * scale
-        dq = dq + _sum_keys(dscore, part.keys)
-        dkeys.append(_dkeys(p, dscore, q_BCNH, dout_BCNV, shared=part.keys.ndim == 3))
-    dsink = (_sink_weight(sink_N.astype(jnp.float32), lse) * shift).sum(axis=(0, 1))
-    return ChunkGradients(out, dq.astype(q_BCNH.dtype), dkeys, dsink)
+    shift = softmax_shift(out, dout_BCNV, dlse_BCN)
+    dq, dkeys = part_gradients(q_BCNH, parts, weights, dout_BCNV, shift, scale)
+    return ChunkGradients(out, dq.astype(q_BCNH.dtype), dkeys, sink_gradient(sink_N, made.lse, shift))
 
 
 def _sink_weight(sink_N: jax.Array, lse_BCN: jax.Array) -> jax.Array:

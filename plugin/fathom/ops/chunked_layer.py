@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fathom.ops import sparse_mqa_chunks as chunks
 from fathom.ops.attention_chunk import Made
 from fathom.ops.chunks import from_chunks, to_chunks
-from fathom.ops.selection import Selection
+from fathom.ops.selection import Selection, selection_chunks
 from fathom.ops.sparse_mqa import check_entries, clip_band, make_plan, with_earlier
 
 Tree = Any
@@ -121,7 +121,7 @@ def _stretches(functions: Functions, inputs: Tree, band_BS, selection: Selection
     leaves = jax.tree.leaves(inputs)
     count = -(-leaves[0].shape[1] // functions.chunk)
     inputs, band_BS = jax.tree.map(lambda x: to_chunks(x, functions.chunk), (inputs, band_BS))
-    return jnp.arange(count), inputs, band_BS, chunks.selection_chunks(selection, functions.chunk)
+    return jnp.arange(count), inputs, band_BS, selection_chunks(selection, functions.chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

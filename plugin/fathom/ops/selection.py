@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fathom.ops.chunks import to_chunks
+
 MASKED = -1e30
 """Score of a key that is not attended; finite so that an all-masked row stays free of NaN."""
 
@@ -43,3 +45,10 @@ def entry_mask(selection: Selection, num_entries: int) -> jax.Array:
         return jnp.zeros(num_entries, bool).at[indices_K].set(True, mode="drop")
 
     return jax.vmap(jax.vmap(of_query))(selection.indices_BSK)
+
+
+def selection_chunks(selection: Selection, chunk: int) -> Selection:
+    """Each of the selection's arrays in chunks; padding queries see nothing."""
+    if isinstance(selection, Selected):
+        return Selected(to_chunks(selection.indices_BSK + 1, chunk) - 1)
+    return jax.tree.map(lambda x: to_chunks(x, chunk), selection)

@@ -48,8 +48,8 @@ GATHER_BEYOND = {"cpu": 4, "gpu": 8, "tpu": 8}
 """Rows per listed row beyond which gathering is faster. CPU measured; TPU where the masked version's extra products
 pass those of the gathers; GPU taken from the TPU, unmeasured (BENCHMARKS.md)."""
 
-QUERY_CHUNK = {("cpu", "gathered"): 4, ("cpu", "masked"): 64}
-"""Queries per step where the default of 64 is not the best: on a CPU a step's gathered rows should fit in its cache."""
+QUERY_CHUNK = 64
+"""Queries per step."""
 
 
 @functools.cache
@@ -91,8 +91,7 @@ def make_plan(
 ) -> chunks.Plan:
     """Everything static of one call."""
     version = choose_version(implementation, num_rows, selection)
-    chunk = query_chunk or QUERY_CHUNK.get((program_platform(), version), 64)
-    return chunks.Plan(scale, window, value_dim, version, chunk)
+    return chunks.Plan(scale, window, value_dim, version, query_chunk or QUERY_CHUNK)
 
 
 def attend_reference(
@@ -184,7 +183,7 @@ def sparse_mqa(
       scale: multiplies q . k.
       value_dim: values are the first `value_dim` channels of the rows; all of them unless given.
       implementation: "auto", "reference", "masked" or "gathered".
-      query_chunk: queries per step, in each row of the batch; by platform and version unless given.
+      query_chunk: queries per step, in each row of the batch; `QUERY_CHUNK` unless given.
       return_lse: also return the log-sum-exp, which may be differentiated too.
 
     Returns:

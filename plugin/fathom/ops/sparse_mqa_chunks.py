@@ -20,7 +20,7 @@ import numpy as np
 from fathom.ops import sparse_mqa_gathered, sparse_mqa_masked
 from fathom.ops.attention_chunk import Made, Part, attend, attend_backward, masked_part
 from fathom.ops.chunks import from_chunks, to_chunks
-from fathom.ops.selection import Selected, Selection
+from fathom.ops.selection import Selection, selection_chunks
 
 VERSIONS = {"masked": sparse_mqa_masked, "gathered": sparse_mqa_gathered}
 
@@ -85,13 +85,6 @@ def keys_gradient(owed: jax.Array | None, dkv_BSH: jax.Array | None) -> jax.Arra
     return None if dkv_BSH is None else jnp.concatenate([owed.astype(dkv_BSH.dtype), dkv_BSH], axis=1)
 
 
-def selection_chunks(selection: Selection, chunk: int) -> Selection:
-    """Each of the selection's arrays in chunks; padding queries see nothing."""
-    if isinstance(selection, Selected):
-        return Selected(to_chunks(selection.indices_BSK + 1, chunk) - 1)
-    return jax.tree.map(lambda x: to_chunks(x, chunk), selection)
-
-
 def keys_of_chunk(plan: Plan, keys: jax.Array | None, number: jax.Array, chunk: int) -> jax.Array | None:
     """A chunk's own keys and the W before them, of keys that have W before the first: [B, W + C, H]."""
     if not plan.window:
@@ -140,10 +133,12 @@ def forward(
     def step(_, xs):
         number, band_BC, picked, (q,) = xs
         band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
-        if not rows.count:
-            return None, attend(q, band, sink_N, **plan.sizes)
-        version = VERSIONS[plan.version]
-        return None, version.forward(q, band, sink_N, rows.prepared, picked, rows.count, **plan.sizes)
+        if rows.count:
+            version = VERSIONS[plan.version]
+            made = version.forward(q, band, sink_N, rows.prepared, picked, rows.count, **plan.sizes)
+        else:
+            made = attend(q, band, sink_N, **plan.sizes)
+        return None, (made.out.astype(q.dtype), made.lse)
 
     _, (out, lse) = jax.lax.scan(step, None, _steps(chunk, band_BS, selection, q_BSNH))
     return from_chunks(out, length), from_chunks(lse, length)
@@ -210,7 +205,7 @@ def backward(
             dkeys = grads.dkeys[0] + owed
             dkv = dkeys[:, plan.earlier :].astype(keys.dtype)
             owed = jnp.pad(dkeys[:, : plan.earlier], ((0, 0), (chunk, 0), (0, 0)))
-        return (owed, drows, dsink + grads.dsink_N), (grads.out, grads.dq, dkv)
+        return (owed, drows, dsink + grads.dsink_N), (grads.out.astype(q.dtype), grads.dq, dkv)
 
     carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32))
     xs = _steps(chunk, band_BS, selection, q_BSNH, made, dout, dlse)

@@ -71,7 +71,8 @@ def _attend(sizes, sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE):
     def of_rows(group):
         q, *keys = group
         made = [attend(q[:, span[1] : span[2]], [_block(span, *keys)], sink_N, **sizes) for span in spans]
-        return jax.tree.map(lambda *blocks: jnp.concatenate(blocks, axis=1), *made)
+        out, lse = (jnp.concatenate(blocks, axis=1) for blocks in zip(*made, strict=True))
+        return out.astype(q.dtype), lse
 
     spans = _spans(q_BSNH.shape[1], window)
     rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
