@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 # Programs that several tests, workers or child processes compile alike are compiled once per session. The first
@@ -11,9 +12,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_cache.name))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# Less of LLVM's optimisation: nothing here runs for long, and compiling is most of it. Child processes inherit it.
-if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+# Nothing here runs for long, and compiling is most of it: less of LLVM's optimisation, and of the two ways in which
+# jaxlib 0.10 makes a CPU's loops the one that compiles in half the time. Child processes inherit both. Other versions
+# may not know the second flag, and XLA aborts on unknown ones.
+_wanted = {"xla_backend_optimization_level": "1"}
+if metadata.version("jaxlib").startswith("0.10."):
+    _wanted["xla_cpu_use_fusion_emitters"] = "false"
+for _flag, _value in _wanted.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402

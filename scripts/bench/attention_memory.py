@@ -8,7 +8,9 @@ The model's own `Attention`, bfloat16 weights and activations, one sequence of o
 gradients of x and of every weight, given dy; with --loss also the loss that trains the indexer, and its gradients.
 "temporaries" is XLA's arena; "peak" also counts arguments (x, dy, weights) and results (y, dx, gradients). "products"
 are the matrix products of the program with every loop counted as often as it runs (fathom/plan/flops.py), per token,
-beside what the layer needs at the least (`least_products`). Needs libtpu, which `pip install jax[tpu]` brings.
+beside what the layer needs at the least (`least_products`) and the time that takes at the device's peak ("roofline").
+"compiler's" operations and bytes count the body of a loop once, so that they tell sizes of steps and not of layers.
+Needs libtpu, which `pip install jax[tpu]` brings.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from fathom.plan.flops import count_flops
 
 CONFIG = DeepseekV4Config.flash()
 RATIOS = {"csa": 4, "hca": 128, "sliding": 0}
+PEAK = {"v5p": 459e12, "v6e": 918e12, "tpu7x": 2307e12 / 2}
+"""bfloat16 operations per second of a device, as published: a chip, or on tpu7x, where a chip is two devices, half."""
 
 
 def make_step(kind: str, options: ComputeOptions):
@@ -113,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768, 131072])
     parser.add_argument("--kinds", nargs="+", default=list(RATIOS), choices=list(RATIOS))
-    parser.add_argument("--topology", default="v5p:2x2x1", help='a TPU slice, of which one chip is taken, or "cpu"')
+    parser.add_argument("--topology", default="v5p:2x2x1", help='a TPU slice, one device of it, or "cpu"')
     parser.add_argument("--stretch", type=int, default=None, help="tokens whose queries are held at a time")
     parser.add_argument("--query-chunk", type=int, default=None, help="queries attended at a time")
     parser.add_argument("--loss", action="store_true", help="train the indexer too")
@@ -122,19 +126,21 @@ def main() -> None:
         param_dtype="bfloat16", stretch=args.stretch, query_chunk=args.query_chunk, indexer_loss=args.loss
     )
     loss = ", indexer's loss too" if args.loss else ""
-    print(f"V4-Flash attention sublayer, forward + backward{loss}, bfloat16, one chip of {args.topology}")
-    print("| layer | tokens | temporaries GiB | peak GiB | arguments + results GiB | products MFLOP/token | least "
-          "| ratio | compile s | CPU s |")  # fmt: skip
-    print("|" + "---|" * 10)
+    print(f"V4-Flash attention sublayer, forward + backward{loss}, bfloat16, one device of {args.topology}")
+    print("| layer | tokens | temporaries GiB | peak GiB | arguments + results GiB | compiler's GFLOP, GB "
+          "| products MFLOP/token | least | ratio | roofline us/token | compile s | CPU s |")  # fmt: skip
+    print("|" + "---|" * 12)
+    peak = PEAK.get(args.topology.partition(":")[0], float("nan"))
     for kind in args.kinds:
         for length in args.lengths:
             compiled, flops, seconds = compile_layer(kind, length, topology=args.topology, options=options)
             m = compiled.memory_analysis()
             sizes = m.temp_size_in_bytes, m.peak_memory_in_bytes, m.argument_size_in_bytes + m.output_size_in_bytes
             cells = " | ".join(f"{size / 2**30:.2f}" for size in sizes)
-            least = least_products(kind, length)
+            cost, least = compiled.cost_analysis(), least_products(kind, length)
             print(
-                f"| {kind} | {length} | {cells} | {flops / 1e6:.0f} | {least / 1e6:.0f} | {flops / least:.2f} "
+                f"| {kind} | {length} | {cells} | {cost['flops'] / 1e9:.0f}, {cost['bytes accessed'] / 1e9:.1f} "
+                f"| {flops / 1e6:.0f} | {least / 1e6:.0f} | {flops / least:.2f} | {1e6 * least / peak:.2f} "
                 f"| {seconds[0]:.0f} | {seconds[1]:.0f} |",
                 flush=True,
             )
