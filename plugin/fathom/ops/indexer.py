@@ -15,6 +15,7 @@ from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.platform import program_platform
 from fathom.ops.precision import precision_of
 from fathom.ops.selection import VisibleRange
+from fathom.ops.topk import bisected_topk, bisects
 
 MAX_PRODUCTS = 1 << 26
 """Products of queries and keys held at a time: 256 MiB in float32."""
@@ -35,8 +36,11 @@ def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) 
 
 
 def exact_topk(scores_BCE: jax.Array, visible: VisibleRange, keep: int) -> jax.Array:
-    """int32 [B, C, keep]: the visible entries of the largest scores, best first, ties to the lowest entry; then -1."""
-    values, indices = jax.lax.top_k(_visible_scores(scores_BCE, visible), keep)
+    """int32 [B, C, keep]: the visible entries of the largest scores, in any order, ties to the lowest entry; and -1."""
+    scores = _visible_scores(scores_BCE, visible)
+    if bisects(scores.shape[-1]):
+        return bisected_topk(scores, keep)
+    values, indices = jax.lax.top_k(scores, keep)
     return jnp.where(values > -jnp.inf, indices, -1).astype(jnp.int32)
 
 
@@ -113,8 +117,8 @@ def indexer_topk(
       recall_target: with "approx", the mean share of the true top-k to find.
 
     Returns:
-      int32 [B, S, K], no entry twice, -1 where a query sees fewer. Of equal scores at the edge "exact" takes the lowest
-      entries. Best first, but for queries of a chunk that sees no more than K entries, which is not scored.
+      int32 [B, S, K], in any order, no entry twice, -1 where a query sees fewer. Of equal scores at the edge "exact"
+      takes the lowest entries.
 
     Raises:
       ValueError: for an unknown selection.
