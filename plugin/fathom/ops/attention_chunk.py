@@ -26,11 +26,14 @@ class Part(NamedTuple):
 
     keys: [B, T, H], shared by the chunk's queries, or [B, C, T, H], each query's own; finite where not seen.
     seen_BCT: boolean. penalty_BT: float32 added to the scores, NaN at keys that were not finite, or None.
+    keys_BHT: shared keys once more, channels first, for a CPU, which would copy them so for every product that sums
+      over channels; or None.
     """
 
     keys: jax.Array
     seen_BCT: jax.Array
     penalty_BT: jax.Array | None = None
+    keys_BHT: jax.Array | None = None
 
 
 def finite_keys(keys_BTH: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -50,8 +53,12 @@ def _contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision_of(a), preferred_element_type=jnp.float32)
 
 
-def _scores(q_BCNH: jax.Array, keys: jax.Array) -> jax.Array:
-    """q . key for every query, head and key: [B, C, N, T]."""
+def _scores(q_BCNH: jax.Array, part: Part) -> jax.Array:
+    """q . key for every query, head and key, over the channels that q has: [B, C, N, T]."""
+    channels = q_BCNH.shape[-1]
+    keys = part.keys[..., :channels]
+    if part.keys_BHT is not None:
+        return _contract("bcnh,bht->bcnt", q_BCNH, part.keys_BHT[:, :channels])
     if keys.ndim == 3:
         return _contract("bcnh,bth->bcnt", q_BCNH, keys)
     # Heads last: a CPU would first copy a query's own keys into another order for the product that has them last.
@@ -66,7 +73,7 @@ def _sum_keys(weight_BCNT: jax.Array, keys: jax.Array) -> jax.Array:
 
 def _masked_scores(q_BCNH: jax.Array, part: Part, scale: float) -> jax.Array:
     """The scores [B, C, N, T], -inf where a query does not see a key."""
-    score = _scores(q_BCNH, part.keys) * scale
+    score = _scores(q_BCNH, part) * scale
     if part.penalty_BT is not None:
         score = score + part.penalty_BT[:, None, None, :]
     return jnp.where(part.seen_BCT[:, :, None, :], score, -jnp.inf)
@@ -152,7 +159,7 @@ def part_gradients(
     """What parts of known probabilities owe to queries and keys: dS = P (dP + shift), with dP = dout . v."""
     dq, dkeys = jnp.zeros(q_BCNH.shape, jnp.float32), []
     for p, part in zip(weights, parts, strict=True):
-        dp = _scores(dout_BCNV, part.keys[..., : dout_BCNV.shape[-1]])
+        dp = _scores(dout_BCNV, part)
         dscore = p * (dp + shift_BCN[..., None]) * scale
         dq = dq + _sum_keys(dscore, part.keys)
         dkeys.append(_dkeys(p, dscore, q_BCNH, dout_BCNV, shared=part.keys.ndim == 3))

@@ -24,10 +24,11 @@ SHORTEST = 128
 
 
 class MaskedRows(NamedTuple):
-    """Rows without NaN, padded to a multiple of the number of lengths, and their penalties."""
+    """Rows without NaN, padded to a multiple of the number of lengths; their penalties; on a CPU channels first too."""
 
     rows_BTH: jax.Array
     penalty_BT: jax.Array
+    rows_BHT: jax.Array | None
 
 
 def num_lengths(num_rows: int) -> int:
@@ -36,7 +37,8 @@ def num_lengths(num_rows: int) -> int:
 
 def prepare(rows_BTH: jax.Array) -> MaskedRows:
     padding = -rows_BTH.shape[1] % num_lengths(rows_BTH.shape[1])
-    return MaskedRows(*finite_keys(jnp.pad(rows_BTH, ((0, 0), (0, padding), (0, 0)))))
+    rows, penalty = finite_keys(jnp.pad(rows_BTH, ((0, 0), (0, padding), (0, 0))))
+    return MaskedRows(rows, penalty, jnp.swapaxes(rows, 1, 2) if program_platform() == "cpu" else None)
 
 
 def needed_range(selection: Selection, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +85,8 @@ def for_needed_length(rows: MaskedRows, selection: Selection, num_rows: int, run
 def _part(rows: MaskedRows, selection: Selection, start: jax.Array, length: int, num_rows: int) -> Part:
     keys = jax.lax.dynamic_slice_in_dim(rows.rows_BTH, start, length, axis=1)
     penalty = jax.lax.dynamic_slice_in_dim(rows.penalty_BT, start, length, axis=1)
-    return Part(keys, seen_rows(selection, start, length, num_rows), penalty)
+    columns = None if rows.rows_BHT is None else jax.lax.dynamic_slice_in_dim(rows.rows_BHT, start, length, axis=2)
+    return Part(keys, seen_rows(selection, start, length, num_rows), penalty, columns)
 
 
 def forward(q, band: list[Part], sink, rows: MaskedRows, selection: Selection, num_rows: int, **sizes):
