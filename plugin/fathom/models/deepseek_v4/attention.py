@@ -298,7 +298,9 @@ def _project_output(
     _, (cos, sin) = parts
     out = apply_rope(out_BSNH, (cos[:, :, None], sin[:, :, None]), inverse=True)
     groups = out.reshape(*out.shape[:2], weights["wo_a"].shape[0], -1)
-    # Groups first: where its batch dimension stands elsewhere, XLA's CPU has no bfloat16 product, and transposes the
-    # whole output for the gradient of a float32 one.
-    latent = jnp.moveaxis(contract("gbsk,gko->gbso", jnp.moveaxis(groups, 2, 0), weights["wo_a"]), 0, 2)
+    if groups.dtype == jnp.float32:
+        latent = contract("bsgk,gko->bsgo", groups, weights["wo_a"])
+    else:
+        # Groups first: XLA's CPU has no bfloat16 product whose batch dimension stands elsewhere.
+        latent = jnp.moveaxis(contract("gbsk,gko->gbso", jnp.moveaxis(groups, 2, 0), weights["wo_a"]), 0, 2)
     return contract("bsgo,god->bsd", latent, weights["wo_b"], dtype)
