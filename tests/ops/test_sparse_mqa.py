@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fathom.ops import sparse_mqa as module
 from fathom.ops import sparse_mqa_short
 from fathom.ops.segment_sum import add_rows, add_rows_in_order, add_rows_sorted
 from fathom.ops.selection import Selected, VisibleRange
@@ -371,17 +370,13 @@ def test_memory_grows_with_the_sequence_and_no_faster(version, kind):
     assert large < 4096 * 64 * 64 * 4 / 4  # a quarter of the gathered rows
 
 
-def test_the_rule(monkeypatch):
+def test_the_rule():
     few, many = Selected(jnp.zeros((1, 1, 512), jnp.int32)), VisibleRange(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
-    monkeypatch.setattr(module, "program_platform", lambda: "cpu")
-    assert choose_version("auto", 2048, few) == "masked"
-    assert choose_version("auto", 4096, few) == "gathered"
+    assert choose_version("auto", 4096, few) == "masked"
+    assert choose_version("auto", 4097, few) == "gathered"
     assert choose_version("auto", 10**6, many) == "masked"  # a range has no list to gather
     assert choose_version("masked", 10**6, few) == "masked"
     assert choose_version("gathered", 10, few) == "gathered"
-    monkeypatch.setattr(module, "program_platform", lambda: "tpu")
-    assert choose_version("auto", 4096, few) == "masked"
-    assert choose_version("auto", 8192, few) == "gathered"
 
 
 def test_errors_name_what_was_found():

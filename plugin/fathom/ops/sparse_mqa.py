@@ -44,9 +44,9 @@ from fathom.ops.sparse_mqa_short import attend_short
 
 logger = logging.getLogger(__name__)
 
-GATHER_BEYOND = {"cpu": 4, "gpu": 8, "tpu": 8}
-"""Rows per listed row beyond which gathering is faster. CPU measured; TPU where the masked version's extra products
-pass those of the gathers; GPU taken from the TPU, unmeasured (BENCHMARKS.md)."""
+GATHER_BEYOND = 8
+"""Rows per listed row beyond which gathering is faster. Measured on a CPU, at 8 and at 16; on a TPU it is where the
+masked version's extra products pass those of the gathers; the GPU's is taken from the TPU (BENCHMARKS.md)."""
 
 QUERY_CHUNK = 64
 """Queries per step."""
@@ -74,7 +74,7 @@ def choose_version(implementation: str, num_rows: int, selection: Selection) -> 
     if implementation != "auto":
         return implementation
     platform, listed = program_platform(), selection.indices_BSK.shape[-1]
-    version = "gathered" if num_rows > GATHER_BEYOND.get(platform, 8) * listed else "masked"
+    version = "gathered" if num_rows > GATHER_BEYOND * listed else "masked"
     _log_choice(version, num_rows, listed, platform)
     return version
 
