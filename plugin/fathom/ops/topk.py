@@ -1,6 +1,6 @@
 """Exact top-k of long rows without sorting: the k-th largest value by bisection of its bits, then who is above it.
 
-XLA's CPU takes 95 to 240 us to sort the best 512 out of a row of 1,024 to 8,192; this takes 25 to 140, and all of it
+XLA's CPU takes 95 to 240 us to sort the best 512 out of a row of 1,024 to 8,192; this takes 30 to 140, and all of it
 is comparisons and sums.
 
 Letters: B batch, C queries of a chunk, E entries, K = `keep`.
@@ -53,7 +53,7 @@ def bisected_topk(scores_BCE: jax.Array, keep: int) -> jax.Array:
 
 def _running_count(mask_BCE: jax.Array) -> jax.Array:
     """int32 [B, C, E]: how many are set up to and with each. Within groups by a product with a triangle of ones, which
-    a CPU makes a quarter of the work that its cumulative sums are."""
+    a CPU makes a half to a quarter of the work that its cumulative sums are."""
     batch, chunk, entries = mask_BCE.shape
     mask = jnp.pad(mask_BCE, ((0, 0), (0, 0), (0, -entries % GROUP))).reshape(batch, chunk, -1, GROUP)
     triangle = jnp.triu(jnp.ones((GROUP, GROUP), jnp.float32))

@@ -160,7 +160,7 @@ def _sum_slots(x: jax.Array) -> jax.Array:
     """The sum over the third dimension."""
     if program_platform() != "cpu":
         return x.sum(axis=2)
-    # By halves: jaxlib 0.10's CPU takes five times as long over a sum along a dimension neither first nor last.
+    # By halves: jaxlib 0.10's CPU takes several times as long over a sum along a dimension neither first nor last.
     while x.shape[2] > 1:
         half = x.shape[2] // 2
         rest = x[:, :, 2 * half :]
