@@ -277,6 +277,8 @@ NOT_DAMAGE = [
     ValueError("DEADLINE_EXCEEDED: no answer in 60 s"),
     ValueError("INTERNAL: HTTP response code 500"),
     RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes"),
+    RuntimeError("random_device::random_device(const std::string&): device not available"),
+    RuntimeError("can't start new thread"),
     MemoryError(),
     PermissionError(13, "Permission denied"),
     OSError(24, "Too many open files"),
@@ -347,7 +349,9 @@ def test_too_many_open_files_condemn_no_step(tmp_path, made):
             except CheckpointError as error:
                 causes.append(str(error))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"], causes
-    assert len(causes) >= 3 and all("Too many open files" in cause for cause in causes)
+    # The C++ libraries' random numbers come from a file too.
+    said = ("Too many open files", "random_device")
+    assert len(causes) >= 3 and all(any(words in cause for words in said) for cause in causes)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ OTHER_CODES = (
 )  # fmt: skip
 """TensorStore raises ValueError for every status; its text begins with the code (none for INVALID_ARGUMENT)."""
 
+SPARE_FILES = 32
+"""A process that cannot open so many more can find nothing out about a step."""
+
 MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -170,6 +173,9 @@ def _is_obstacle(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return not isinstance(error, DAMAGE_ERRORS)
+    if type(error) is RuntimeError and error.__cause__ is None:
+        # "can't start new thread", "random_device: device not available": the process is short of something.
+        return True
     text = str(error)
     number = re.search(r"os_error_code='(\d+)'", text)
     if number and isinstance(error, ValueError):
@@ -180,7 +186,8 @@ def _is_obstacle(error: BaseException) -> bool:
 def _closed_file(folder: epath.Path) -> OSError | None:
     """Why a file or folder below a local step cannot be opened, None when all can.
 
-    Libraries ask whether a file exists, and take one that they may not see for one that is not there.
+    Libraries ask whether a file exists, and take one that they may not see for one that is not there. They hold
+    several files at once, so all must open beside `SPARE_FILES` others.
     """
     if "://" in os.fspath(folder):
         return None
@@ -189,10 +196,13 @@ def _closed_file(folder: epath.Path) -> OSError | None:
         raise error
 
     try:
-        for parent, _, names in os.walk(folder, onerror=refuse):
-            for name in names:
-                with open(os.path.join(parent, name), "rb"):
-                    pass
+        with contextlib.ExitStack() as spare:
+            for _ in range(SPARE_FILES):
+                spare.enter_context(open(os.devnull, "rb"))
+            for parent, _, names in os.walk(folder, onerror=refuse):
+                for name in names:
+                    with open(os.path.join(parent, name), "rb"):
+                        pass
     except OSError as error:
         return None if isinstance(error, DAMAGE_ERRORS) else error
     return None
