@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import tempfile
+import tracemalloc  # noqa: F401 (pytest imports it to tell of what was left open, also when no file can be opened)
 import zlib
 from pathlib import Path
 
