@@ -47,13 +47,22 @@ def collectives(program: str) -> dict[str, int]:
         if re.match(r"(ENTRY )?%\S+ \(", line):
             inside = line
         match = pattern.search(line)
-        if match and not re.search(r"replica_groups=(\[\d+,1\]|\{\{\d+\}[,}])", line):
+        if match and not _groups_of_one(line):
             assert inside.startswith("ENTRY"), line
             for dtype, sizes in re.findall(r"(\w+)\[([\d,]+)\]", match[1]):
                 elements = math.prod(int(n) for n in sizes.split(","))
                 if dtype.startswith("f") or elements > BATCH * LENGTH:
                     found[match[2]] += elements
     return dict(found)
+
+
+def _groups_of_one(line: str) -> bool:
+    """Whether a collective's groups hold one device each. jaxlib 0.12 gives them as axes of the mesh."""
+    axes = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if axes is None:
+        return bool(re.search(r"replica_groups=(\[\d+,1\]|\{\{\d+\}[,}])", line))
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+    return all(sizes[name] == "1" for name in re.findall(r"'(\w+)'", axes[2]))
 
 
 @functools.cache
