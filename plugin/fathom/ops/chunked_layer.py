@@ -208,9 +208,12 @@ def _layer_backward(plan, functions, residuals, cotangents):
     )
     xs = _stretches(functions, inputs, band_BS, selection), to_chunks(lse, chunk), to_chunks(dy, chunk)
     (dparams, dsink, owed, drows), ys = jax.lax.scan(step, start, xs, reverse=True)
+    dparams = jax.tree.map(lambda d, x: d.astype(x.dtype), dparams, params)
+    # The float32 sums end here, before anything else is computed.
+    dparams, dsink, drows, ys = jax.lax.optimization_barrier((dparams, dsink, drows, ys))
     dfloats, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
     return (
-        jax.tree.map(lambda d, x: d.astype(x.dtype), dparams, params),
+        dparams,
         _Inputs(dfloats, chunks.no_gradient(_Inputs.of(inputs).others)).join(inputs),
         chunks.keys_gradient(owed, dkv),
         dsink.astype(sink_N.dtype),

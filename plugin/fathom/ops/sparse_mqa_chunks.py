@@ -105,9 +105,8 @@ def _band(plan: Plan, keys: jax.Array | None, band_BC: jax.Array | None) -> list
     return [masked_part(keys, (distance >= 0) & (distance < band_BC[..., None]))]
 
 
-def _steps(chunk: int, band_BS, selection: Selection, *queries):
-    """What a step reads: its number and its chunk of everything that is per query."""
-    count = -(-queries[0].shape[1] // chunk)
+def _steps(chunk: int, band_BS, selection: Selection, count: int, *queries):
+    """What each of `count` steps reads: its number and its chunk of everything that is per query."""
     band, queries = jax.tree.map(lambda x: to_chunks(x, chunk), (band_BS, queries))
     return jnp.arange(count), band, selection_chunks(selection, chunk), queries
 
@@ -140,7 +139,7 @@ def forward(
             made = attend(q, band, sink_N, **plan.sizes)
         return None, (made.out.astype(q.dtype), made.lse)
 
-    _, (out, lse) = jax.lax.scan(step, None, _steps(chunk, band_BS, selection, q_BSNH))
+    _, (out, lse) = jax.lax.scan(step, None, _steps(chunk, band_BS, selection, -(-length // chunk), q_BSNH))
     return from_chunks(out, length), from_chunks(lse, length)
 
 
@@ -189,9 +188,11 @@ def backward(
         # Laid out like the keys of the last chunk, which end with the padding.
         owed = jnp.pad(owed, ((0, 0), (chunk - padding, padding), (0, 0)))
 
+    # The output and the gradient of the queries take the places of `dout` and the queries, chunk by chunk.
     def step(carry, xs):
-        owed, drows, dsink = carry
-        number, band_BC, picked, (q, made, dout, dlse) = xs
+        owed, drows, dsink, queries, outputs = carry
+        number, band_BC, picked, (made, dlse) = xs
+        q, dout = queries[number], outputs[number]
         band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
         args = made, dout, dlse
         if rows.count:
@@ -205,10 +206,12 @@ def backward(
             dkeys = grads.dkeys[0] + owed
             dkv = dkeys[:, plan.earlier :].astype(keys.dtype)
             owed = jnp.pad(dkeys[:, : plan.earlier], ((0, 0), (chunk, 0), (0, 0)))
-        return (owed, drows, dsink + grads.dsink_N), (grads.out.astype(q.dtype), grads.dq, dkv)
+        queries = queries.at[number].set(grads.dq)
+        outputs = outputs.at[number].set(grads.out.astype(dout.dtype))
+        return (owed, drows, dsink + grads.dsink_N, queries, outputs), dkv
 
-    carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32))
-    xs = _steps(chunk, band_BS, selection, q_BSNH, made, dout, dlse)
-    (owed, drows, dsink), ys = jax.lax.scan(step, carry, xs, reverse=True)
-    out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), ys)
+    carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32), to_chunks(q_BSNH, chunk), to_chunks(dout, chunk))
+    xs = _steps(chunk, band_BS, selection, -(-length // chunk), made, dlse)
+    (owed, drows, dsink, dq, out), dkv = jax.lax.scan(step, carry, xs, reverse=True)
+    out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), (out, dq, dkv))
     return Gradients(out, dq, dkv, owed[:, chunk:] if plan.window else None, drows, dsink)
