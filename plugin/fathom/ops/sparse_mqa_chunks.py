@@ -147,12 +147,12 @@ class Gradients(NamedTuple):
     """Of one stretch of queries.
 
     Attributes:
-      out: the output. dq: in q's dtype. dsink_N: float32.
+      out: the output where it was not given. dq: in q's dtype. dsink_N: float32.
       dkv_BSH: of the queries' own keys, in their dtype. owed: float32 [B, W, H], to the keys before them.
       drows: the sum so far, float32.
     """
 
-    out: jax.Array
+    out: jax.Array | None
     dq: jax.Array
     dkv_BSH: jax.Array | None
     owed: jax.Array | None
@@ -188,13 +188,17 @@ def backward(
         # Laid out like the keys of the last chunk, which end with the padding.
         owed = jnp.pad(owed, ((0, 0), (chunk - padding, padding), (0, 0)))
 
-    # The output and the gradient of the queries take the places of `dout` and the queries, chunk by chunk.
+    again = made.out is None
+    # Chunk by chunk the gradient of the queries takes the place of the queries, and the output, where it is made again,
+    # that of its own gradient.
+    places = to_chunks(q_BSNH, chunk), to_chunks(dout, chunk) if again else None
+
     def step(carry, xs):
-        owed, drows, dsink, queries, outputs = carry
-        number, band_BC, picked, (made, dlse) = xs
-        q, dout = queries[number], outputs[number]
+        owed, drows, dsink, (queries, outputs) = carry
+        number, band_BC, picked, (made, dout, dlse) = xs
+        q = queries[number]
         band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
-        args = made, dout, dlse
+        args = made, outputs[number] if again else dout, dlse
         if rows.count:
             grads, drows = VERSIONS[plan.version].backward(
                 q, band, sink_N, rows.prepared, picked, *args, drows, rows.count, **plan.sizes
@@ -207,11 +211,12 @@ def backward(
             dkv = dkeys[:, plan.earlier :].astype(keys.dtype)
             owed = jnp.pad(dkeys[:, : plan.earlier], ((0, 0), (chunk, 0), (0, 0)))
         queries = queries.at[number].set(grads.dq)
-        outputs = outputs.at[number].set(grads.out.astype(dout.dtype))
-        return (owed, drows, dsink + grads.dsink_N, queries, outputs), dkv
+        if again:
+            outputs = outputs.at[number].set(grads.out.astype(outputs.dtype))
+        return (owed, drows, dsink + grads.dsink_N, (queries, outputs)), dkv
 
-    carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32), to_chunks(q_BSNH, chunk), to_chunks(dout, chunk))
-    xs = _steps(chunk, band_BS, selection, -(-length // chunk), made, dlse)
-    (owed, drows, dsink, dq, out), dkv = jax.lax.scan(step, carry, xs, reverse=True)
+    carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32), places)
+    xs = _steps(chunk, band_BS, selection, -(-length // chunk), made, None if again else dout, dlse)
+    (owed, drows, dsink, (dq, out)), dkv = jax.lax.scan(step, carry, xs, reverse=True)
     out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), (out, dq, dkv))
     return Gradients(out, dq, dkv, owed[:, chunk:] if plan.window else None, drows, dsink)
