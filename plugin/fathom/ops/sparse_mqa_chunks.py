@@ -20,6 +20,7 @@ import numpy as np
 from fathom.ops import sparse_mqa_gathered, sparse_mqa_masked
 from fathom.ops.attention_chunk import Made, Part, attend, attend_backward, masked_part
 from fathom.ops.chunks import from_chunks, to_chunks
+from fathom.ops.platform import program_platform
 from fathom.ops.selection import Selection, selection_chunks
 
 VERSIONS = {"masked": sparse_mqa_masked, "gathered": sparse_mqa_gathered}
@@ -188,17 +189,18 @@ def backward(
         # Laid out like the keys of the last chunk, which end with the padding.
         owed = jnp.pad(owed, ((0, 0), (chunk - padding, padding), (0, 0)))
 
-    again = made.out is None
     # Chunk by chunk the gradient of the queries takes the place of the queries, and the output, where it is made again,
-    # that of its own gradient.
-    places = to_chunks(q_BSNH, chunk), to_chunks(dout, chunk) if again else None
+    # that of its own gradient. Not so on a CPU, which then takes a tenth longer.
+    again = made.out is None
+    swap = again and program_platform() != "cpu"
+    places = to_chunks(q_BSNH, chunk), to_chunks(dout, chunk) if swap else None
 
     def step(carry, xs):
         owed, drows, dsink, (queries, outputs) = carry
         number, band_BC, picked, (made, dout, dlse) = xs
         q = queries[number]
         band = _band(plan, keys_of_chunk(plan, keys, number, chunk), band_BC)
-        args = made, outputs[number] if again else dout, dlse
+        args = made, outputs[number] if swap else dout, dlse
         if rows.count:
             grads, drows = VERSIONS[plan.version].backward(
                 q, band, sink_N, rows.prepared, picked, *args, drows, rows.count, **plan.sizes
@@ -211,12 +213,13 @@ def backward(
             dkv = dkeys[:, plan.earlier :].astype(keys.dtype)
             owed = jnp.pad(dkeys[:, : plan.earlier], ((0, 0), (chunk, 0), (0, 0)))
         queries = queries.at[number].set(grads.dq)
-        if again:
-            outputs = outputs.at[number].set(grads.out.astype(outputs.dtype))
-        return (owed, drows, dsink + grads.dsink_N, (queries, outputs)), dkv
+        out = grads.out.astype(q.dtype) if again else None
+        if swap:
+            outputs, out = outputs.at[number].set(out), None
+        return (owed, drows, dsink + grads.dsink_N, (queries, outputs)), (dkv, out)
 
     carry = (owed, drows, jnp.zeros(sink_N.shape, jnp.float32), places)
-    xs = _steps(chunk, band_BS, selection, -(-length // chunk), made, None if again else dout, dlse)
-    (owed, drows, dsink, (dq, out)), dkv = jax.lax.scan(step, carry, xs, reverse=True)
-    out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), (out, dq, dkv))
+    xs = _steps(chunk, band_BS, selection, -(-length // chunk), made, None if swap else dout, dlse)
+    (owed, drows, dsink, (dq, outputs)), (dkv, out) = jax.lax.scan(step, carry, xs, reverse=True)
+    out, dq, dkv = jax.tree.map(lambda y: from_chunks(y, length), (outputs if swap else out, dq, dkv))
     return Gradients(out, dq, dkv, owed[:, chunk:] if plan.window else None, drows, dsink)
