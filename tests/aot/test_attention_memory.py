@@ -67,3 +67,12 @@ def test_products_are_few_more_than_the_formula(length, stated):
 def test_a_whole_sequence_on_one_v5p_chip(kind, length, loss, limit):
     larger, _, _ = compiled(kind, length, "v5p:2x2x1", indexer_loss=loss)
     assert larger < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("version", ["reference", "masked", "gathered"])
+def test_every_version_compiles_for_every_generation(version, topology):
+    """Forward and backward of V4-Flash's heads and 1,024 entries, of which 512 are listed."""
+    larger, _, flops = compiled("csa", 4096, topology, attention=version)
+    assert 0.5 < larger < 95 and flops > 900e6
