@@ -128,7 +128,8 @@ def indexer_topk(
     keep = min(top_k, k_BEH.shape[1])
 
     def one_chunk(chunk):
-        q, weights, *visible = chunk
+        # libtpu for tpu7x fails where it cuts the scores' product into pieces whose queries are themselves a piece.
+        q, weights, *visible = jax.lax.optimization_barrier(chunk)
         clipped = VisibleRange(jnp.maximum(visible[0], 0), jnp.minimum(visible[1], k_BEH.shape[1]))
 
         def of_range(start, length: int) -> jax.Array:
