@@ -128,14 +128,15 @@ def indexer_topk(
     keep = min(top_k, k_BEH.shape[1])
 
     def one_chunk(chunk):
-        # libtpu for tpu7x fails where it cuts the scores' product into pieces whose queries are themselves a piece.
-        q, weights, *visible = jax.lax.optimization_barrier(chunk)
+        q, weights, *visible = chunk
         clipped = VisibleRange(jnp.maximum(visible[0], 0), jnp.minimum(visible[1], k_BEH.shape[1]))
 
         def of_range(start, length: int) -> jax.Array:
             if length <= keep:
                 return all_visible(clipped, keep)
-            scores = indexer_scores(q, jax.lax.dynamic_slice_in_dim(k_BEH, start, length, axis=1), weights)
+            k = jax.lax.dynamic_slice_in_dim(k_BEH, start, length, axis=1)
+            # libtpu for tpu7x fails where it cuts the product into pieces of what are themselves pieces.
+            scores = indexer_scores(*jax.lax.optimization_barrier((q, k)), weights)
             seen = VisibleRange(*(edge - start for edge in visible))
             if selection == "exact":
                 indices = exact_topk(scores, seen, keep)
