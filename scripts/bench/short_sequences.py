@@ -24,18 +24,30 @@ import numpy as np
 from flax import nnx
 
 from fathom.layers.documents import make_documents
-from fathom.layers.indexer import BaseIndexer, Choice
+from fathom.layers.indexer import INDEX_CHUNK, BaseIndexer, Choice
 from fathom.layers.options import ComputeOptions
 from fathom.models.deepseek_v4 import attention as v4
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v32 import attention as v32
 from fathom.models.deepseek_v32.config import DeepseekV32Config
+from fathom.ops.chunks import map_chunks
+from fathom.ops.indexer import exact_topk, indexer_scores
+from fathom.ops.selection import Selected
 
 
 def always_select(self, x, qr, inputs, place) -> Choice:
-    """In the place of `BaseIndexer.__call__`: no shortcut."""
+    """In the place of `BaseIndexer.__call__`: no shortcut, neither its own nor that of `indexer_topk`."""
     x, qr = jax.lax.stop_gradient((x, qr))
-    return Choice(self.select(x, qr, self.keys(x, inputs, place), inputs, place.stretch), None)
+    visible, num_entries = self.visible(inputs)
+    k = jax.lax.stop_gradient(self.keys(x, inputs, place))
+
+    def of_chunk(parts):
+        x, qr, tables, visible = parts
+        q, weights = self.queries(x, qr, tables)
+        return exact_topk(indexer_scores(q, k, weights), visible, min(self.top_k, num_entries))
+
+    parts = jax.lax.stop_gradient((x, qr, self.tables(inputs), visible))
+    return Choice(Selected(jax.lax.stop_gradient(map_chunks(of_chunk, parts, INDEX_CHUNK))), None)
 
 
 def make_layer(model: str, options: ComputeOptions):
