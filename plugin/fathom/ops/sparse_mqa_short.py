@@ -16,28 +16,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward, masked_part
+from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward, finite_keys
 from fathom.ops.selection import Selection, entry_mask
 
 LENGTH = 256
 """Tokens up to which a sequence is short. CPU measured (BENCHMARKS.md, "Short sequences")."""
-BLOCK = 32
-"""Queries of a block."""
+BLOCKS = {64: 16}
+"""Queries of a block, by the length up to which they hold."""
+BLOCK = 64
+"""Queries of a block of longer rows."""
 SCORES = 1 << 18
 """Attention scores of a block, over all rows taken together: 1 MiB in float32."""
 
 
+def _block_length(length: int) -> int:
+    """Queries of a block, of rows of `length` tokens."""
+    return next((block for longest, block in BLOCKS.items() if length <= longest), BLOCK)
+
+
 def _spans(length: int, window: int) -> list[tuple[int, int, int]]:
     """(first key, first query, end) of each block."""
-    starts = range(0, length, BLOCK)
-    return [(max(start - window + 1, 0), start, min(start + BLOCK, length)) for start in starts]
+    block = _block_length(length)
+    return [(max(start - window + 1, 0), start, min(start + block, length)) for start in range(0, length, block)]
 
 
 def _rows_together(q_BSNH: jax.Array, kv_BSH: jax.Array, entries_BEH: jax.Array | None) -> int:
     """G: the largest divisor of the batch whose scores are within `SCORES`."""
     batch, length, heads, _ = q_BSNH.shape
     keys = kv_BSH.shape[1] + (0 if entries_BEH is None else entries_BEH.shape[1])
-    most = max(SCORES // (min(length, BLOCK) * heads * keys), 1)
+    most = max(SCORES // (min(length, _block_length(length)) * heads * keys), 1)
     return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
 
 
@@ -51,16 +58,29 @@ def _whole(tree):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _block(span: tuple[int, int, int], kv_GSH, band_GS, entries_GEH, seen_GSE) -> Part:
-    """Keys of one block, the band's and then the entries, and who sees them."""
+def _map_rows(function, rows: int, args):
+    """`function` of `rows` rows at a time; what it gives, [B / G, ...]. All of them together need no loop."""
+    groups = _in_groups(rows, args)
+    if len(jax.tree.leaves(groups)[0]) > 1:
+        return jax.lax.map(function, groups)
+    return jax.tree.map(lambda x: x[None], function(args))
+
+
+def _finite(kv_GSH, entries_GEH):
+    """`finite_keys` of the band's keys and of the entries."""
+    return finite_keys(kv_GSH), None if entries_GEH is None else finite_keys(entries_GEH)
+
+
+def _block(span: tuple[int, int, int], near, band_GS, entries, seen_GSE) -> Part:
+    """Keys of one block, the band's and then the entries, both as of `_finite`, and who sees them."""
     first, start, end = span
     distance = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
     seen = (distance >= 0) & (distance < band_GS[:, start:end, None])
-    keys = kv_GSH[:, first:end]
-    if entries_GEH is not None:
-        keys = jnp.concatenate([keys, entries_GEH], axis=1)
+    keys, penalty = (x[:, first:end] for x in near)
+    if entries is not None:
+        keys, penalty = (jnp.concatenate(both, axis=1) for both in zip((keys, penalty), entries, strict=True))
         seen = jnp.concatenate([seen, seen_GSE[:, start:end]], axis=2)
-    return masked_part(keys, seen)
+    return Part(keys, seen, penalty)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,14 +89,16 @@ def _attend(sizes, sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE):
     sizes = {"scale": scale, "value_dim": kv_BSH.shape[-1]}
 
     def of_rows(group):
-        q, *keys = group
+        q, kv, band, entries, seen = group
+        near, entries = _finite(kv, entries)
+        keys = near, band, entries, seen
         made = [attend(q[:, span[1] : span[2]], [_block(span, *keys)], sink_N, **sizes) for span in spans]
         out, lse = (jnp.concatenate(blocks, axis=1) for blocks in zip(*made, strict=True))
         return out.astype(q.dtype), lse
 
     spans = _spans(q_BSNH.shape[1], window)
     rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
-    return _whole(jax.lax.map(of_rows, _in_groups(rows, (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE))))
+    return _whole(_map_rows(of_rows, rows, (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE)))
 
 
 def _attend_forward(sizes, *args):
@@ -104,10 +126,11 @@ def _attend_backward(sizes, residuals, cotangents):
         )
 
     def of_rows(group):
-        (q, kv, *others), made, (dout, dlse) = group
+        (q, kv, band, entries, seen), made, (dout, dlse) = group
+        near, entries = _finite(kv, entries)
         dkv, dentries, dq, dsink = 0.0, 0.0, [], 0.0
         for span in spans:
-            grads = of_block(span, q, made, dout, dlse, kv, *others)
+            grads = of_block(span, q, made, dout, dlse, near, band, entries, seen)
             first, _, end = span
             dkv += jnp.pad(grads.dkeys[0][:, : end - first], ((0, 0), (first, kv.shape[1] - end), (0, 0)))
             dentries += grads.dkeys[0][:, end - first :]
@@ -119,7 +142,7 @@ def _attend_backward(sizes, residuals, cotangents):
     spans = _spans(q_BSNH.shape[1], window)
     groups = (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE), made, cotangents
     rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
-    *grads, dsink = jax.lax.map(of_rows, _in_groups(rows, groups))
+    *grads, dsink = _map_rows(of_rows, rows, groups)
     dq, dkv, dentries = _whole(tuple(grads))
     nothing = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (band_BS, seen_BSE)]
     return dsink.sum(axis=0).astype(sink_N.dtype), dq, dkv, nothing[0], dentries, nothing[1]
