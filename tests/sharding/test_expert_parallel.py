@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from fathom.layers import moe
 from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.router import HashRouter, LearnedRouter
 from fathom.mesh import (
@@ -134,6 +135,28 @@ def assert_same(got, want):
 @pytest.mark.parametrize("name", MESHES)
 def test_learned_routing_is_the_same_on_every_mesh(name):
     assert_same(on_mesh("learned", *MESHES[name]), without_mesh("learned"))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_tokens_in_chunks_give_the_same(name, monkeypatch):
+    """Five tokens' rows at a time, exchanged chunk by chunk; "fsdp 4 tensor 2" has 24 tokens, and fills a chunk up."""
+    monkeypatch.setattr(moe, "ROWS_BYTES", 5 * TOP_K * HIDDEN * 4)
+    assert_same(on_mesh("learned", *MESHES[name]), without_mesh("learned"))
+
+
+def test_tokens_in_chunks_hold_less(monkeypatch):
+    """Temporaries of forward and backward: with an eighth of the rows at a time, less than half."""
+    params, rest, f = value_and_grad("learned")
+    x = jax.ShapeDtypeStruct((BATCH, 64 * LENGTH, HIDDEN), jnp.float32)
+    tokens = jax.ShapeDtypeStruct(x.shape[:2], jnp.int32)
+
+    def temporaries():
+        program = jax.jit(lambda *a: f(*a)).lower(params, x, rest, tokens, tokens)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    whole = temporaries()
+    monkeypatch.setattr(moe, "ROWS_BYTES", BATCH * 8 * LENGTH * TOP_K * HIDDEN * 4)
+    assert temporaries() < whole / 2
 
 
 @pytest.mark.parametrize("name", ["fsdp 2 expert 4", "expert 2 context 2 fsdp 2"])

@@ -1,0 +1,92 @@
+"""A function of weights and of tokens that stand alone, a chunk of tokens at a time.
+
+What such a function makes on its way is held for one chunk only: the backward makes it again, chunk by chunk, and sums
+the gradients of the weights in float32. Equal to the function of all tokens at once, but for the order of those sums.
+
+Letters: T tokens, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fathom.mesh import vary
+
+Tree = Any
+
+
+def chunk_length(tokens: int, most: int) -> int:
+    """C: at most `most`, and no longer than chunks of one length need to be."""
+    return -(-tokens // -(-tokens // max(most, 1)))
+
+
+def in_token_chunks(
+    function: Callable[..., jax.Array],
+    chunk: int,
+    weights: Tree,
+    floats: tuple[jax.Array, ...],
+    integers: tuple[jax.Array, ...],
+    fillers: tuple[int, ...],
+    varying: tuple[str, ...] = (),
+) -> jax.Array:
+    """`function(weights, *floats, *integers)` in chunks of tokens.
+
+    Args:
+      function: maps weights and arrays [C, ...] to [C, ...]; it must treat each token alone and close over no array that
+        is traced. Inside a shard_map it may communicate: all devices have as many chunks.
+      chunk: C.
+      weights: floating-point arrays, differentiated.
+      floats, integers: arrays [T, ...], of which the former are differentiated.
+      fillers: for each of `integers` the value of tokens that fill the last chunk up; of `floats` they have zeros.
+      varying: the mesh axes over which a shard_map types the weights as different.
+    """
+    tokens = floats[0].shape[0]
+    if tokens <= chunk:
+        return function(weights, *floats, *integers)
+    floats = tuple(_cut(x, chunk, 0) for x in floats)
+    integers = tuple(_cut(x, chunk, filler) for x, filler in zip(integers, fillers, strict=True))
+    y = _chunked((function, varying), weights, floats, integers)
+    return y.reshape(-1, *y.shape[2:])[:tokens]
+
+
+def _cut(x: jax.Array, chunk: int, filler: int) -> jax.Array:
+    """[T, ...] -> [T / C, C, ...]."""
+    missing = -x.shape[0] % chunk
+    if missing:
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=filler)
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(static, weights, floats, integers):
+    function, _ = static
+    return jax.lax.map(lambda parts: function(weights, *parts[0], *parts[1]), (floats, integers))
+
+
+def _chunked_forward(static, *args):
+    return _chunked(static, *args), args
+
+
+def _chunked_backward(static, args, dy):
+    function, varying = static
+    weights, floats, integers = args
+
+    def step(total, xs):
+        floats, integers, dy = xs
+        _, pull = jax.vjp(lambda weights, floats: function(weights, *floats, *integers), weights, floats)
+        dweights, dfloats = pull(dy)
+        return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), dfloats
+
+    zeros = jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), varying), weights)
+    total, dfloats = jax.lax.scan(step, zeros, (floats, integers, dy))
+    dweights = jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights)
+    return dweights, dfloats, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in integers)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
