@@ -43,6 +43,7 @@ from fathom.recipe_checks import (
     schema_problems,
 )
 from fathom.recipe_files import apply_overrides, find_recipe, read_with_base
+from fathom.recipe_stages import check_stages, stage_recipes
 
 if TYPE_CHECKING:
     from fathom.zoo import ModelSpec
@@ -258,6 +259,18 @@ class MetricsBlock(Block):
     wandb: WandbBlock | None = None
 
 
+class StageBlock(Block):
+    """A stretch of the run, up to and with step `until`, with values of its own for keys of four blocks
+    (`fathom.recipe_stages.STAGE_KEYS`). A stage that names mesh axes names them all; others are 1."""
+
+    name: str | None = None
+    until: int = Field(ge=1)
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    mesh: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
 class Recipe(Block):
     """Everything that decides a run, made by `load_recipe` or `Recipe.model_validate(dict)`."""
 
@@ -269,6 +282,7 @@ class Recipe(Block):
     train: TrainBlock
     checkpoint: CheckpointBlock = CheckpointBlock()
     metrics: MetricsBlock
+    stages: tuple[StageBlock, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -302,7 +316,7 @@ class Recipe(Block):
         return self.model.compute_options(self.train)
 
     def check(self, num_devices: int) -> None:
-        """Refuses impossible combinations before any compilation.
+        """Refuses impossible combinations before any compilation, in every stage.
 
         Args:
           num_devices: devices of all processes, `jax.device_count()`.
@@ -310,8 +324,7 @@ class Recipe(Block):
         Raises:
           RecipeError: listing every problem found.
         """
-        blocks = {name: getattr(self, name) for name in type(self).model_fields}
-        problems = cross_problems(blocks, num_devices)
+        problems = check_stages(self, num_devices)
         if problems:
             raise RecipeError(problems, self.name)
 
@@ -396,6 +409,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems += schema_problems(error, Recipe, values)
         problems += cross_problems(_readable_blocks(values), None)
+    if not problems:
+        stage_recipes(recipe)
     if problems:
         raise RecipeError(problems, str(path))
     return recipe
@@ -426,10 +441,12 @@ SAFE_TO_CHANGE = (
     "train.stop_at",
     "checkpoint.",
     "metrics.",
+    "stages",
 )
 """Keys (those that end in a dot: whole blocks) that a resumed run may change: none of them alters
 the shape of the state, the order of the data or what the weights mean. Data may lie elsewhere: that it
-is the same is what its fingerprint in the checkpoint says."""
+is the same is what its fingerprint in the checkpoint says. Of stages, the one that the checkpoint lies in is compared,
+its own values in place."""
 
 NEVER_SAFE = ("optimizer.name",)
 """Exceptions inside the safe blocks: another optimizer has another state."""

@@ -88,12 +88,13 @@ def _read(path: Path, key: str) -> dict[str, Any]:
     return values
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `over` over those of `base`, block by block."""
+    values = dict(base)
     for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        values[key] = merged(values[key], value) if both else value
+    return values
 
 
 def read_with_base(path: Path) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def read_with_base(path: Path) -> dict[str, Any]:
         )
         raise RecipeError([problem], str(path))
     base.pop("extends", None)
-    return _merge(base, values)
+    return merged(base, values)
 
 
 def _parse_value(text: str) -> Any:
@@ -142,5 +143,5 @@ def apply_overrides(
             continue
         for part in reversed(parts):
             value = {part: value}
-        values = _merge(values, value)
+        values = merged(values, value)
     return values

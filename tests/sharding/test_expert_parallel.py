@@ -24,6 +24,7 @@ from fathom.mesh import (
 RULES = {
     "embed": "fsdp",
     "expert": "expert",
+    "expert_embed": "fsdp",
     "expert_mlp": "tensor",
     "mlp": "tensor",
     "router_experts": None,
@@ -38,6 +39,7 @@ RULES = {
 RULES_TWO_AXES = {
     **RULES,
     "embed": None,
+    "expert_embed": None,
     "expert": ("fsdp", "expert"),
     "act_batch": ("expert", "fsdp"),
 }

@@ -26,8 +26,8 @@ from fathom.mesh import active_rules, check_divisible, constrain, split_axes, va
 from fathom.ops.grouped_matmul import grouped_matmul
 from fathom.ops.token_chunks import chunk_length, in_token_chunks
 
-_IN_AXES = ("expert", "embed", "expert_mlp")
-_OUT_AXES = ("expert", "expert_mlp", "embed")
+_IN_AXES = ("expert", "expert_embed", "expert_mlp")
+_OUT_AXES = ("expert", "expert_mlp", "expert_embed")
 ROWS_BYTES = 1 << 30
 """What the tokens of a chunk may take once each stands before each of its experts. A device that exchanges tokens with
 15 others holds, of V4-Flash in bfloat16, 0.75 MiB for each of its own."""

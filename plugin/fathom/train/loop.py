@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import numpy as np
 from fathom.mesh import make_mesh, sharding_scope
 from fathom.recipe import Recipe, compare_for_resume
 from fathom.recipe_checks import Problem, RecipeError
+from fathom.recipe_stages import stage_recipes
 from fathom.step_folder import CheckpointError, find_step
 from fathom.train.checkpoint import Checkpoints
 from fathom.train.checkpoint_format import agree
 from fathom.train.checkpoint_model import start_from
+from fathom.train.curriculum import OtherStageError, Stage, stage_at, stages_of
 from fathom.train.data import DataError, Loader, batch_hash, make_loader
 from fathom.train.manifest import config_differences, describe_run
 from fathom.train.metrics import probe_metrics
@@ -53,7 +56,7 @@ class TrainResult:
 
 
 def train(recipe: Recipe) -> TrainResult:
-    """Trains from a recipe, or resumes where its newest checkpoint is.
+    """Trains from a recipe, through all of its stages, or resumes where its newest checkpoint is.
 
     Raises:
       RecipeError: when the recipe is impossible here; before anything is compiled.
@@ -63,9 +66,30 @@ def train(recipe: Recipe) -> TrainResult:
     """
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
-    spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
     probe_run_folder(recipe)
-    checkpoints = open_checkpoints(recipe)
+    with open_checkpoints(recipe) as checkpoints:
+        newest = max(checkpoints.steps(), default=0)
+    stages = stages_of(stage_recipes(recipe), [s.until for s in recipe.stages] or [recipe.train.steps])
+    limit = recipe.train.max_runtime
+    deadline = None if limit is None else time.monotonic() + limit
+    stage = stage_at(stages, newest)
+    while True:
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        try:
+            result = train_stage(recipe, stage, stages, left)
+        except OtherStageError as other:  # the newest steps were damaged
+            stage = stages[other.number]
+            continue
+        if result.preempted or result.step < stage.last or stage is stages[-1]:
+            return result
+        stage = stages[stage.number + 1]
+
+
+def train_stage(whole: Recipe, stage: Stage, stages: list[Stage], max_runtime: float | None) -> TrainResult:
+    """The rest of a stage, from the newest checkpoint; OtherStageError when that lies in another one."""
+    recipe = stage.recipe
+    spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
+    checkpoints = open_checkpoints(recipe, resume=True)
     program = make_program(recipe, mesh)
     loader = open_loader(recipe, program)
     holdout = open_loader(recipe, program, "holdout") if recipe.train.eval_every else None
@@ -73,13 +97,13 @@ def train(recipe: Recipe) -> TrainResult:
 
     with (
         sharding_scope(mesh, program.rules),
-        StopSignal(mesh, recipe.train.max_runtime) as stop,
+        StopSignal(mesh, max_runtime) as stop,
         checkpoints,
     ):
-        state, start = restore_or_init(recipe, program, checkpoints, description, loader)
+        state, start = restore_or_init(stage, stages, program, checkpoints, description, loader)
         done, stopping = start, False
         last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
-        with RunReport(recipe, _headline(recipe, program, start), start) as report:
+        with RunReport(recipe, _headline(stage, len(stages), program, start), start, whole) as report:
             for done in range(start + 1, last + 1):
                 batch = next_batch(loader, done)
                 state, metrics = program.step(state, to_devices(batch, program, recipe))
@@ -109,8 +133,8 @@ def probe_run_folder(recipe: Recipe) -> None:
     agree(probe)
 
 
-def open_checkpoints(recipe: Recipe) -> Checkpoints:
-    """The run's checkpoint folder, proven writable."""
+def open_checkpoints(recipe: Recipe, resume: bool = False) -> Checkpoints:
+    """The run's checkpoint folder, proven writable; `resume`: whatever `checkpoint.resume` says."""
     block = recipe.checkpoint
     checkpoints = Checkpoints(
         recipe.checkpoint_dir,
@@ -119,7 +143,7 @@ def open_checkpoints(recipe: Recipe) -> Checkpoints:
         async_save=block.async_save,
     )
     checkpoints.probe()
-    if not block.resume and checkpoints.steps():
+    if not (block.resume or resume) and checkpoints.steps():
         raise CheckpointError(
             f"{checkpoints.directory} already holds steps {checkpoints.steps()} and "
             "checkpoint.resume is false; resume, or give the new run another metrics.directory"
@@ -192,7 +216,8 @@ def to_devices(batch: Mapping[str, Any], program: Program, recipe: Recipe) -> di
 
 
 def restore_or_init(
-    recipe: Recipe,
+    stage: Stage,
+    stages: list[Stage],
     program: Program,
     checkpoints: Checkpoints,
     description: Mapping[str, Any],
@@ -202,21 +227,21 @@ def restore_or_init(
 
     Raises:
       CheckpointError: when the checkpoint is of another run, or its parts are of different steps.
+      OtherStageError: when it lies in another stage.
     """
+    recipe = stage.recipe
+
+    newest = max(checkpoints.steps(), default=0)
+    begins = stage.previous is not None and newest == stage.first
 
     def check(payload: dict[str, Any]) -> None:
-        problems = compare_for_resume(payload["recipe"], recipe)
+        found = stage_at(stages, payload["step"])
+        if found is not stage or begins != (stage.previous is not None and payload["step"] == stage.first):
+            raise OtherStageError(found.number)  # the newest step was damaged, this is the one before it
+        problems = compare_for_resume(payload["recipe"], stage.previous if begins else recipe)
         problems += [p for p in config_differences(payload, program.spec) if p not in problems]
-        old, new = payload["data_fingerprint"], description["data_fingerprint"]
-        problems += [
-            f"data_fingerprint.{key}: {_short(old.get(key))} in the checkpoint, {_short(new.get(key))} now"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
-        try:
-            loader.own_state(payload["data_states"])
-        except DataError as error:
-            problems.append(str(error))
+        if not begins:
+            problems += _data_differences(payload, description, loader)
         if problems:
             raise CheckpointError(
                 f"{checkpoints.directory} belongs to another run, {len(problems)} differences:\n  "
@@ -224,20 +249,39 @@ def restore_or_init(
                 + "\nput those values back, or give the new run another metrics.directory"
             )
 
-    restored = checkpoints.restore(program.state, check)
+    restored = checkpoints.restore((stage.start_program(program) if begins else program).state, check)
+    if restored is None and stage.previous is not None:
+        raise OtherStageError(0)
     if restored is None and recipe.model.init is not None:
         check_init(recipe)
         return start_from(program, recipe.model.init, recipe.train.seed), 0
     if restored is None:
         return init_state(program, recipe.train.seed), 0
-    loader.set_state(loader.own_state(restored.data_states))
     step = int(restored.state.step)
-    if loader.step != step:
+    if begins:
+        return stage.begin(program, restored.state), step
+    loader.set_state(loader.own_state(restored.data_states))
+    if loader.step != step - stage.first:
         raise CheckpointError(
-            f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step}, its model at "
+            f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step + stage.first}, its model at "
             f"step {step}; remove that folder to use the one before it"
         )
     return restored.state, step
+
+
+def _data_differences(payload: Mapping[str, Any], description: Mapping[str, Any], loader: Loader) -> list[str]:
+    """In what a checkpoint's data is not what the loader reads, one text each."""
+    old, new = payload["data_fingerprint"], description["data_fingerprint"]
+    problems = [
+        f"data_fingerprint.{key}: {_short(old.get(key))} in the checkpoint, {_short(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    try:
+        loader.own_state(payload["data_states"])
+    except DataError as error:
+        problems.append(str(error))
+    return problems
 
 
 def check_init(recipe: Recipe) -> None:
@@ -274,12 +318,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _headline(recipe: Recipe, program: Program, start: int) -> str:
-    spec = program.spec
+def _headline(stage: Stage, count: int, program: Program, start: int) -> str:
+    spec, recipe = program.spec, stage.recipe
     axes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items() if size > 1)
-    count = spec.num_params(spec.config)
+    params = spec.num_params(spec.config)
     where = f"resuming after step {start}" if start else "from the beginning"
+    if count > 1:
+        name = recipe.stages[stage.number].name
+        where = f"stage {stage.number + 1} of {count}{f' ({name})' if name else ''}, {where}"
     return (
-        f"{recipe.name}: {spec.name}, {count.total / 1e6:.4g}M parameters ({count.active / 1e6:.4g}M "
+        f"{recipe.name}: {spec.name}, {params.total / 1e6:.4g}M parameters ({params.active / 1e6:.4g}M "
         f"active), mesh {axes or 'of one device'}, {where}, run folder {Path(recipe.metrics.directory)}"
     )

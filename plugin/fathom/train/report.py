@@ -93,13 +93,14 @@ class RunReport:
     """The metric files, the progress display and the recipe as run; a context that closes them and draws loss.png.
 
     Args:
-      recipe: of the run. headline: shown first. start: steps done before, 0 for a new run.
+      recipe: of the stage. headline: shown first. start: steps done before, 0 for a new run.
+      whole: the recipe with all stages, the one to write down.
 
     Attributes:
       last: metrics of the newest step that was read.
     """
 
-    def __init__(self, recipe: Recipe, headline: str, start: int):
+    def __init__(self, recipe: Recipe, headline: str, start: int, whole: Recipe):
         self._is_main = is_main = jax.process_index() == 0
         self._run_dir = recipe.run_dir
         spec = recipe.model_spec()
@@ -113,10 +114,10 @@ class RunReport:
             recipe.metrics.wandb,
             enabled=is_main,
             resume_step=start or None,
-            config=recipe.to_dict(),
+            config=whole.to_dict(),
         )
         if is_main:
-            (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            (recipe.run_dir / "recipe.yaml").write_text(whole.to_yaml(), encoding="utf-8")
         self._reader = StepReader(
             self._emit,
             flops_per_token=spec.flops_per_token(spec.config, recipe.data.sequence_length),

@@ -10,6 +10,7 @@ DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "embed": "fsdp",
     "expert": "expert",
+    "expert_embed": "fsdp",  # of the experts alone
     "expert_mlp": "tensor",
     "mlp": "tensor",
     "heads": "tensor",
@@ -32,4 +33,14 @@ DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "tensor",
 }
 
-PRESETS = {"default": DEFAULT}
+LONG = DEFAULT | {
+    # Few rows of many tokens: what shards weights and experts cuts the sequence too.
+    "act_batch": "data",
+    "act_sequence": ("fsdp", "expert", "context"),
+    # What is not an expert's is held once, not once for each group of experts.
+    "embed": ("fsdp", "expert"),
+    "q_lora_in": ("fsdp", "expert"),
+    "kv_lora_in": ("fsdp", "expert"),
+}
+
+PRESETS = {"default": DEFAULT, "long": LONG}

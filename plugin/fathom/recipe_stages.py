@@ -1,0 +1,118 @@
+"""A run in stages: one recipe, cut into stretches of steps that change the data, the mesh and what trains.
+
+    stages:
+      - {name: short, until: 1000}
+      - {name: warm-up, until: 1200, data: {sequence_length: 16384, batch_size: 64}, train: {stage: indexer-warmup}}
+      - {name: long, until: 5000, data: {sequence_length: 65536, batch_size: 16}, mesh: {fsdp: 16, context: 4}}
+
+Each stage has the recipe's own values but for those it names; nothing carries over from the stage before. Schedules
+span `train.steps`, where the last stage must end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from fathom.recipe_checks import Problem, RecipeError, cross_problems, nearest, schema_problems
+from fathom.recipe_files import merged
+
+if TYPE_CHECKING:
+    from fathom.recipe import Recipe, StageBlock
+
+STAGE_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("attention", "query_chunk", "stretch", "remat", "selection", "recall_target", "mla_form"),
+    "data": ("source", "path", "pattern", "exclude", "field", "sequence_length", "batch_size", "packing", "shuffle",
+             "shuffle_rows", "seed", "max_bytes"),
+    "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),
+    "train": ("accumulation", "stage", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_speed",
+              "eval_every"),
+}  # fmt: skip
+"""What a stage may change: nothing that the state's weights or the held-out documents depend on."""
+
+
+def stage_problems(stages: tuple[StageBlock, ...], steps: int | None) -> list[Problem]:
+    """What is wrong with the stages by themselves; `steps` is `train.steps`, None where it could not be read."""
+    problems, before = [], 0
+    for number, stage in enumerate(stages):
+        key = f"stages.{number}"
+        if stage.until <= before:
+            found, expected = f"{stage.until}", f"a step after {before}, where the stage before ends"
+            problems.append(Problem(f"{key}.until", found, expected, "put the stages in order, none of them empty"))
+        before = stage.until
+        for block, known in STAGE_KEYS.items():
+            for name in getattr(stage, block):
+                if name not in known:
+                    expected = f"a key that a stage may change: {', '.join(known)}"
+                    fix = nearest(str(name), known) or f"set {block}.{name} for the whole run, outside of stages"
+                    problems.append(Problem(f"{key}.{block}.{name}", "a key that a stage may not have", expected, fix))
+    if stages and steps is not None and before != steps:
+        found, expected = f"{before}", f"{steps}, train.steps"
+        fix = f"set stages.{len(stages) - 1}.until={steps}, or train.steps={before}"
+        problems.append(Problem(f"stages.{len(stages) - 1}.until", found, expected, fix))
+    return problems
+
+
+def stage_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each stage, the whole recipe where it has none; each ends at its `train.stop_at`.
+
+    A stage that does not set `data.seed` reads its documents in an order of its own: the recipe's seed plus its number.
+
+    Raises:
+      RecipeError: listing every problem of every stage, by its key.
+    """
+    if not recipe.stages:
+        return [recipe]
+    problems = stage_problems(recipe.stages, recipe.train.steps)
+    if problems:
+        raise RecipeError(problems, recipe.name)
+    recipes = []
+    for number, stage in enumerate(recipe.stages):
+        values = _values(recipe, stage, number)
+        try:
+            recipes.append(type(recipe).model_validate(values))
+        except ValidationError as error:
+            problems += _within(number, schema_problems(error, type(recipe), values))
+    if problems:
+        raise RecipeError(problems, recipe.name)
+    return recipes
+
+
+def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:
+    """Combinations that cannot work in one of the stages."""
+    try:
+        recipes = stage_recipes(recipe)
+    except RecipeError as error:
+        return error.problems
+    problems = []
+    for number, stage in enumerate(recipes):
+        found = cross_problems(blocks_of(stage), num_devices)
+        problems += _within(number, found) if recipe.stages else found
+    return problems
+
+
+def blocks_of(recipe: Recipe) -> dict[str, BaseModel]:
+    """Block name -> block."""
+    values = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, BaseModel)}
+
+
+def _values(recipe: Recipe, stage: StageBlock, number: int) -> dict[str, Any]:
+    """The stage's recipe as written values."""
+    base = recipe.to_dict()
+    over: dict[str, Mapping[str, Any]] = {block: dict(getattr(stage, block)) for block in STAGE_KEYS}
+    over["data"] = {"seed": recipe.data.seed + number, **over["data"]}
+    if {"source", "path"} & set(over["data"]):
+        for name in ("pattern", "exclude"):
+            base["data"].pop(name)  # those of the recipe's own source
+    devices = recipe.mesh.simulated_devices
+    if over["mesh"]:  # its axes are all told anew: what is left of another mesh would not multiply to the devices
+        base["mesh"] = {"preset": recipe.mesh.preset, "simulated_devices": devices}
+    stop = min(stage.until, recipe.train.stop_at or stage.until)
+    return merged(base, {**over, "train": {**over["train"], "stop_at": stop}})
+
+
+def _within(number: int, problems: list[Problem]) -> list[Problem]:
+    return [problem._replace(key=f"stages.{number}: {problem.key}") for problem in problems]

@@ -1,0 +1,84 @@
+"""A run's stages (`fathom.recipe_stages`): which one a step belongs to, and what crosses from one to the next.
+
+Weights, router biases, the step number and the random numbers go on as they are, onto whatever mesh the next stage has.
+So does the optimizer, but for parameters that begin to train: their moments begin at zero. Of parameters that stop
+training it forgets the moments. The data begins anew, in the stage's own rows and order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from fathom.mesh import sharding_scope
+from fathom.recipe import Recipe
+from fathom.train.state import TrainState, named_leaves
+from fathom.train.step import Program, make_program
+
+
+class OtherStageError(Exception):
+    """The checkpoint to go on from belongs to another stage than the one that was asked for.
+
+    Attributes:
+      number: its stage.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"the checkpoint belongs to stage {number}")
+        self.number = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+      recipe: its own. number: counted from 0. first: steps done when it begins, at whichever mesh.
+      last: steps done when it ends. previous: the recipe of the stage before it, None for the first.
+    """
+
+    recipe: Recipe
+    number: int
+    first: int
+    last: int
+    previous: Recipe | None
+
+    def start_program(self, program: Program) -> Program:
+        """What describes a state saved where this stage begins, on this stage's mesh."""
+        if self.previous is None or self._same_parameters():
+            return program
+        before = self.previous.model_copy(update={"mesh": self.recipe.mesh})
+        return make_program(before, program.mesh)
+
+    def _same_parameters(self) -> bool:
+        return self.previous.train.parameter_stage == self.recipe.train.parameter_stage
+
+    def begin(self, program: Program, state: TrainState) -> TrainState:
+        """The state with which the stage begins, from that of the stage before it; the argument's arrays are given up."""
+        if self.previous is None or self._same_parameters():
+            return state
+        return _with_own_optimizer(program, state)
+
+
+def stages_of(recipes: Sequence[Recipe], ends: Sequence[int]) -> list[Stage]:
+    """The stages of a run from their recipes and the steps where they end."""
+    firsts, before = [0, *ends], [None, *recipes]
+    return [Stage(recipe, i, firsts[i], ends[i], before[i]) for i, recipe in enumerate(recipes)]
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage that makes the step after `step`; the last one when all are done."""
+    return next((stage for stage in stages if step < stage.last), stages[-1])
+
+
+def _with_own_optimizer(program: Program, state: TrainState) -> TrainState:
+    """The state with the optimizer of `program`: moments of parameters that go on training, and all counts, as they are."""
+    old = named_leaves(state.opt_state)
+    with sharding_scope(program.mesh, program.rules):
+        fresh = program.start(state.params, state.model_state, state.rng)
+    names = named_leaves(fresh.opt_state)
+    leaves = [old[name] if name in old else leaf for name, leaf in names.items()]
+    opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)
+    return dataclasses.replace(fresh, opt_state=opt_state, step=state.step)

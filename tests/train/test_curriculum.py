@@ -1,0 +1,143 @@
+"""A run in stages: rows, mesh and what trains change at a border, and the run can be cut there or anywhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fathom import zoo
+from fathom.recipe import Recipe, load_recipe
+from fathom.recipe_checks import RecipeError
+from fathom.recipe_stages import stage_recipes
+from fathom.step_folder import CheckpointError
+from fathom.train.loop import train
+from fathom.train.metrics import read_metrics
+from tests.train import runs, toy_model
+from tests.train.runs import at_steps, history, make_recipe, saved_arrays, steps_on_disk
+
+STAGES = (
+    {"name": "short", "until": 4},
+    {"until": 8, "data": {"sequence_length": 64, "batch_size": 4}, "mesh": {"fsdp": 4, "context": 2}},
+    {"until": 11, "data": {"sequence_length": 128, "batch_size": 2}, "mesh": {"context": 8}},
+)
+CSA = {"attention_kinds": ["csa"], "compress_ratios": [4], "router_kinds": ["learned"], "num_mtp_layers": 0}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setitem(zoo._registered, "toy-lm", toy_model.TOY)
+    runs.write_text(tmp_path / "text")
+
+
+def in_stages(tmp_path, run, stages=STAGES, **changes):
+    changes = {"train__steps": stages[-1]["until"], "checkpoint__every": 3, "checkpoint__keep": 20, **changes}
+    values = make_recipe(tmp_path, run, **changes).to_dict()
+    return Recipe.model_validate({**values, "stages": list(stages)})
+
+
+def test_an_interrupted_run_in_stages_equals_one_that_was_not(tmp_path, monkeypatch):
+    """Preempted inside a stage, at a border, right after one; killed in the last stage before its first save."""
+    straight, broken = in_stages(tmp_path, "straight"), in_stages(tmp_path, "broken")
+    result = train(straight)
+    assert result.step == 11
+    for step, action in {2: runs.sigterm, 4: runs.sigterm, 5: runs.sigterm, 8: runs.crash, 9: runs.crash}.items():
+        with monkeypatch.context() as patch:
+            at_steps(patch, {step: action})
+            if action is runs.crash:
+                with pytest.raises(InterruptedError):
+                    train(broken)
+            else:
+                ended = train(broken)
+                assert (ended.step, ended.preempted) == (step, True)
+    again = train(broken)
+    assert again.step == 11
+    assert history(straight, "loss", "batch_hash") == history(broken, "loss", "batch_hash")
+    assert saved_arrays(result, 11) == saved_arrays(again, 11)
+    assert steps_on_disk(result) == [3, 4, 6, 8, 9, 11]
+    assert load_recipe(broken.run_dir / "recipe.yaml") == broken
+
+
+def test_a_stage_has_the_values_of_the_recipe_but_for_those_it_names(tmp_path):
+    recipes = stage_recipes(in_stages(tmp_path, "stages"))
+    assert [r.data.sequence_length for r in recipes] == [32, 64, 128]
+    assert [dict(r.mesh.shape)["context"] for r in recipes] == [1, 2, 8]
+    assert [r.mesh.tensor for r in recipes] == [2, 1, 1]
+    assert [r.train.stop_at for r in recipes] == [4, 8, 11]
+    assert [r.data.seed for r in recipes] == [0, 1, 2]
+
+
+def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path):
+    recipe = in_stages(tmp_path, "run", train__stop_at=8)
+    result = train(recipe)
+    assert steps_on_disk(result)[-2:] == [6, 8]
+    _damage(Path(result.checkpoint_dir) / "8")
+    again = train(recipe)
+    assert again.step == 8 and steps_on_disk(again)[-2:] == [6, 8]
+
+
+def _damage(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file() and "ocdbt" not in file.name and file.stat().st_size > 200:
+            file.write_bytes(b"\0" * file.stat().st_size)
+
+
+def test_moments_go_on_where_training_goes_on(tmp_path):
+    """Dense, indexer warm-up, sparse, of V4: what trains in the last stage only for the second time begins anew."""
+    stages = (
+        {"until": 2, "train": {"stage": "dense"}},
+        {"until": 4, "train": {"stage": "indexer-warmup"}, "mesh": {"fsdp": 2, "context": 4}},
+        {"until": 6, "train": {"stage": "sparse"}},
+    )
+    recipe = in_stages(
+        tmp_path, "run", stages, model__name="deepseek-v4-tiny", model__config=CSA, data__sequence_length=64,
+        optimizer__warmup_steps=0, optimizer__decay_steps=6, optimizer__decay="linear",
+    )  # fmt: skip
+    result = train(recipe)
+    assert result.step == 6
+    saved = {step: saved_arrays(result, step) for step in (2, 4, 6)}
+    weights = [name for name in saved[2] if name.startswith("model/params/")]
+    moments = [name for name in saved[6] if name.endswith("indexer/wq_b/weight") and "opt_state" in name]
+    assert len(moments) == 2 and set(moments) < set(saved[4]) and not set(moments) & set(saved[2])
+    for first, second, trains in ((2, 4, lambda n: "indexer" in n), (4, 6, lambda n: True)):
+        for name in weights:
+            assert (saved[first][name] != saved[second][name]) == trains(name), (second, name)
+    # The schedule's count goes on: each rate is lower than the one before.
+    rates = [m["learning_rate"] for m in read_metrics(recipe.run_dir) if "learning_rate" in m]
+    assert len(rates) == 6 and all(np.diff(rates) < 0)
+    assert np.isfinite(result.metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "fix"),
+    [
+        ({"until": 3}, "stages.1.until", "in order"),
+        ({"data": {"sequence_lenght": 64}}, "stages.1.data.sequence_lenght", "sequence_length"),
+        ({"model": {"name": "deepseek-v3.2"}}, "stages.1.model.name", "whole run"),
+        ({"train": {"stage": "sprase"}}, "stages.1: train.stage", "sparse"),
+        ({"mesh": {"context": 3}}, "stages.1: mesh", "devices"),
+        ({"data": {"sequence_length": 63}, "mesh": {"context": 8}}, "stages.1: data.sequence_length", "64"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused(tmp_path, change, key, fix):
+    stages = (STAGES[0], {**STAGES[1], **change}, STAGES[2])
+    recipe = in_stages(tmp_path, "run", stages)
+    with pytest.raises(RecipeError) as error:
+        recipe.check(8)
+    told = {problem.key: str(problem) for problem in error.value.problems}
+    assert fix in told[key], told
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_stage_ends_with_the_run(tmp_path):
+    recipe = in_stages(tmp_path, "run", train__steps=20)
+    with pytest.raises(RecipeError, match="train.steps=11"):
+        stage_recipes(recipe)
+
+
+def test_a_checkpoint_of_another_first_stage_is_refused(tmp_path):
+    train(in_stages(tmp_path, "run", train__stop_at=4))
+    other = ({**STAGES[0], "data": {"packing": "first_fit"}}, *STAGES[1:])
+    with pytest.raises(CheckpointError, match="data.packing"):
+        train(in_stages(tmp_path, "run", other))
