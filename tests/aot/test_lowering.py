@@ -9,6 +9,7 @@ import time
 import pytest
 
 from fathom import zoo
+from fathom.layers.indexer import INDEX_CHUNK
 from fathom.mesh import abstract_mesh
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors
 from fathom.recipe import Recipe
@@ -72,6 +73,10 @@ def test_the_program_grows_neither_with_the_layers_nor_with_the_square_of_the_se
     assert f"x{length}x" in short
     assert not re.search(rf"x{length}x(\d+x)?{length}x", short), "queries x keys of the whole sequence"
     assert f"x{length}x264x" not in short, "logits of the whole sequence"
+    # jax hoists out of the scan over layers what depends on the documents alone: masks, chunk by chunk.
+    chunks, chunk, entries = length // INDEX_CHUNK, INDEX_CHUNK, length // 4
+    assert f"x{chunk}x" in short
+    assert not re.search(rf"<{chunks}x(\d+x)*{chunk}x(\d+x)*{entries}x", short), "queries x entries, in chunks"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -195,8 +195,11 @@ class Decoder(nnx.Module):
 
         def step(x, layer_state):
             stats, kept = [], []
+            # Tied to what changes from layer to layer: jax computes before a differentiated scan, and keeps, all that
+            # depends on `inputs` alone, masks of size queries x entries included.
+            x, tied = jax.lax.optimization_barrier((x, inputs))
             for block in nnx.merge(graphdef, layer_state):
-                x, block_stats = self.run_block(block, x, inputs)
+                x, block_stats = self.run_block(block, x, tied)
                 stats.append(block_stats)
                 kept.append(x if keep else None)
             return x, (stats, kept)
