@@ -40,7 +40,18 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     )
 
 
-def main() -> None:
+def compile_step(args: argparse.Namespace):
+    """(chips, memory analysis of one, seconds to trace, seconds to compile)."""
+    recipe = make_recipe(args)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    begin = time.perf_counter()
+    lowered = make_program(recipe, make_mesh(recipe.mesh.shape, devices)).lower(args.rows, args.length)
+    traced = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
+    return len(devices), memory, traced - begin, time.perf_counter() - traced
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("topology", help="e.g. v5p:4x4x8")
@@ -51,22 +62,17 @@ def main() -> None:
     parser.add_argument("--stage", default="sparse")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--param-dtype", default="float32")
-    args = parser.parse_args()
-    recipe = make_recipe(args)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    mesh = make_mesh(recipe.mesh.shape, devices)
-    begin = time.perf_counter()
-    program = make_program(recipe, mesh)
-    lowered = program.lower(args.rows, args.length)
-    traced = time.perf_counter()
-    print(f"{args.model} on {len(devices)} chips of {args.topology}, {args.rows} x {args.length} tokens", flush=True)
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - traced
-    m = compiled.memory_analysis()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    devices, m, traced, seconds = compile_step(args)
+    print(f"{args.model} on {devices} chips of {args.topology}, {args.rows} x {args.length} tokens")
     print(
         f"arguments {m.argument_size_in_bytes / 2**30:.2f}  output {m.output_size_in_bytes / 2**30:.2f}  "
         f"aliased {m.alias_size_in_bytes / 2**30:.2f}  temporaries {m.temp_size_in_bytes / 2**30:.2f}  "
-        f"peak {m.peak_memory_in_bytes / 2**30:.2f} GiB a chip; traced in {traced - begin:.0f} s, "
+        f"peak {m.peak_memory_in_bytes / 2**30:.2f} GiB a chip; traced in {traced:.0f} s, "
         f"compiled in {seconds:.0f} s"
     )
 
