@@ -37,7 +37,8 @@ def main() -> None:
     for context in args.context:
         size = temporaries(recipe, context, args.length)
         first = size if first is None else first
-        print(f"{args.length} tokens, context {context}: {size / 2**20:8.1f} MiB a device, {size / first:.3f}", flush=True)
+        told = f"{size / 2**20:8.1f} MiB a device, {size / first:.3f}"
+        print(f"{args.length} tokens, context {context}: {told}", flush=True)
 
 
 if __name__ == "__main__":

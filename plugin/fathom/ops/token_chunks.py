@@ -38,8 +38,8 @@ def in_token_chunks(
     """`function(weights, *floats, *integers)` in chunks of tokens.
 
     Args:
-      function: maps weights and arrays [C, ...] to [C, ...]; it must treat each token alone and close over no array that
-        is traced. Inside a shard_map it may communicate: all devices have as many chunks.
+      function: maps weights and arrays [C, ...] to [C, ...]; it must treat each token alone and close over no array
+        that is traced. Inside a shard_map it may communicate: all devices have as many chunks.
       chunk: C.
       weights: floating-point arrays, differentiated.
       floats, integers: arrays [T, ...], of which the former are differentiated.

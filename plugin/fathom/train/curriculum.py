@@ -56,7 +56,7 @@ class Stage:
         return self.previous.train.parameter_stage == self.recipe.train.parameter_stage
 
     def begin(self, program: Program, state: TrainState) -> TrainState:
-        """The state with which the stage begins, from that of the stage before it; the argument's arrays are given up."""
+        """The state with which the stage begins, from that of the stage before it, whose arrays are given up."""
         if self.previous is None or self._same_parameters():
             return state
         return _with_own_optimizer(program, state)
@@ -74,7 +74,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def _with_own_optimizer(program: Program, state: TrainState) -> TrainState:
-    """The state with the optimizer of `program`: moments of parameters that go on training, and all counts, as they are."""
+    """The state with the optimizer of `program`; moments of parameters that go on training, and all counts, stay."""
     old = named_leaves(state.opt_state)
     with sharding_scope(program.mesh, program.rules):
         fresh = program.start(state.params, state.model_state, state.rng)
