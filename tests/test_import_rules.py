@@ -34,6 +34,7 @@ ALLOWED = {
         "fathom.layers",
         "fathom.recipe",
         "fathom.recipe_checks",
+        "fathom.recipe_stages",
         "fathom.step_folder",
     ),
     "checkpoints_tools": (

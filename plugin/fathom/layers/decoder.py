@@ -195,9 +195,7 @@ class Decoder(nnx.Module):
 
         def step(x, layer_state):
             stats, kept = [], []
-            # Tied to what changes from layer to layer: jax computes before a differentiated scan, and keeps, all that
-            # depends on `inputs` alone, masks of size queries x entries included.
-            x, tied = jax.lax.optimization_barrier((x, inputs))
+            tied = _tie(inputs, layer_state)
             for block in nnx.merge(graphdef, layer_state):
                 x, block_stats = self.run_block(block, x, tied)
                 stats.append(block_stats)
@@ -240,6 +238,22 @@ class Decoder(nnx.Module):
         features = self.features(jnp.asarray(tokens), positions, segment_ids, return_streams=return_streams)
         mtp = self.head(features.mtp_hidden[0]) if features.mtp_hidden else None
         return Output(self.head(features.hidden), mtp, features.aux, features.streams)
+
+
+def _tie(inputs: Any, layer_state: nnx.State) -> Any:
+    """`inputs`, the integers of it as if they depended on the weights, which change from layer to layer.
+
+    jax computes before a differentiated scan, and keeps, all that depends on `inputs` alone: masks of size queries x
+    entries. Only integers, for to hold numbers apart from what is made of them would change how they round; and the
+    smallest weight, which no mesh splits.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    whole = [i for i, leaf in enumerate(leaves) if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    weight = jax.lax.stop_gradient(min(jax.tree.leaves(layer_state), key=jnp.size))
+    _, *tied = jax.lax.optimization_barrier((weight, *(leaves[i] for i in whole)))
+    for i, leaf in zip(whole, tied, strict=True):
+        leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
 def check_tokens(tokens: jax.Array, vocab_size: int) -> None:

@@ -21,7 +21,7 @@ from fathom.ops.selection import Selection, entry_mask
 
 LENGTH = 256
 """Tokens up to which a sequence is short. CPU measured (BENCHMARKS.md, "Short sequences")."""
-BLOCKS = {64: 16}
+BLOCKS = {32: 32, 64: 16}
 """Queries of a block, by the length up to which they hold."""
 BLOCK = 64
 """Queries of a block of longer rows."""

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fathom.mesh import vary
-
 Tree = Any
 
 
@@ -83,7 +81,9 @@ def _chunked_backward(static, args, dy):
         dweights, dfloats = pull(dy)
         return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), dfloats
 
-    zeros = jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), varying), weights)
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    if varying:
+        zeros = jax.lax.pcast(zeros, varying, to="varying")
     total, dfloats = jax.lax.scan(step, zeros, (floats, integers, dy))
     dweights = jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights)
     return dweights, dfloats, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in integers)
