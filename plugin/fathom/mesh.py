@@ -98,7 +98,7 @@ def _set_cpu_flags() -> None:
     # versions may not know the flag, and XLA aborts on unknown ones.
     if metadata.version("jaxlib").startswith("0.10."):
         wanted["xla_cpu_experimental_ynn_fusion_type"] = ""
-        # In the order that XLA takes by default, for cores that this many devices have not, a step holds a third more.
+        # In XLA's default order, for cores that this many devices have not, a step holds a third to a half more.
         wanted["xla_cpu_enable_concurrency_optimized_scheduler"] = "false"
     missing = [f"--{flag}={value}" for flag, value in wanted.items() if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from fathom.layers.options import ComputeOptions
+from tests.aot.bench import load_bench
 
-
-def _bench():
-    path = Path(__file__).parents[2] / "scripts" / "bench" / "attention_memory.py"
-    spec = importlib.util.spec_from_file_location("attention_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _bench()
+bench = load_bench("attention_memory")
 GIB = 2**30
 
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 import fathom
+from tests.aot.bench import load_bench
 
 GIB = 2**30
 
 
-def _bench(name: str):
-    path = Path(__file__).parents[2] / "scripts" / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_activations_of_a_device_fall_as_the_sequence_is_cut():
     """Eight pieces: below a quarter each. Nothing of the whole sequence but its entries is held."""
-    bench = _bench("context_memory")
+    bench = load_bench("context_memory")
     layers = ["attention_kinds=[csa,hca]", "compress_ratios=[4,128]", "router_kinds=[hash,learned]"]
     overrides = [f"model.config.{layer}" for layer in layers]
     recipe = fathom.load_recipe("tiny-v4-131k-cpu", [*overrides, "model.config.num_mtp_layers=0"])
@@ -44,7 +32,7 @@ SLICES = [
 def test_long_sequences_fit_a_slice(model, topology, mesh, length, rows, limit):
     """Arguments, temporaries and output together at their most, GiB of each chip; several minutes of compiling."""
     pytest.importorskip("libtpu", reason="the TPU's compiler; pip install 'jax[tpu]'")
-    bench = _bench("step_memory")
+    bench = load_bench("step_memory")
     sizes = ["--length", str(length), "--rows", str(rows)]
     _, memory, _, _ = bench.compile_step(bench.parse([model, topology, "--mesh", mesh, "--preset", "long", *sizes]))
     assert memory.peak_memory_in_bytes < limit * GIB

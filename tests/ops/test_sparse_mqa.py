@@ -123,7 +123,7 @@ def test_against_a_loop_over_queries(implementation):
     ("kind", "seed"), [("selected", 0), ("selected", 3), ("range", 1), ("range", 2), ("none", 2)]
 )
 def test_banded_versions_equal_the_reference_with_every_gradient(kind, seed, monkeypatch):
-    monkeypatch.setattr(sparse_mqa_short, "BLOCK", 5)
+    monkeypatch.setattr(sparse_mqa_short, "BLOCKS", {sparse_mqa_short.LENGTH: 5})
     monkeypatch.setattr(sparse_mqa_short, "SCORES", 1 + seed * 200)
     rng, q, entries, indices, sink, _ = random_case(seed + 2)
     B, S = q.shape[:2]

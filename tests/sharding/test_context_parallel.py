@@ -37,8 +37,7 @@ V4 = small_config(("csa", "hca"), index_top_k=4, num_mtp_layers=0)
 V32 = small_v32_config(ffn_kinds=("dense", "moe"))
 SPECS = {"v4": small_spec(V4), "v32": zoo.get("deepseek-v3.2-tiny").with_config(V32)}
 RULES = SPECS["v4"].preset("default") | SPECS["v32"].preset("default")
-LONG = {"act_batch": "data", "act_sequence": ("fsdp", "expert", "context")}
-"""Changes for few rows of many tokens: what shards weights and experts cuts the sequence too."""
+LONG = SPECS["v4"].preset("long") | SPECS["v32"].preset("long")
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:

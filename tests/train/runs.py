@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 from fathom.recipe import Recipe
 from fathom.step_folder import read_payload
@@ -74,6 +75,20 @@ def sigterm(batch) -> None:
 
 def crash(batch) -> None:
     raise InterruptedError("as if the process had been killed")
+
+
+def interrupted(recipe: Recipe, monkeypatch, actions: dict[int, Callable]) -> loop.TrainResult:
+    """Runs until the end, disturbed once at each step of `actions`."""
+    for step, action in actions.items():
+        with monkeypatch.context() as patch:
+            at_steps(patch, {step: action})
+            if action is crash:
+                with pytest.raises(InterruptedError):
+                    loop.train(recipe)
+            else:
+                result = loop.train(recipe)
+                assert (result.step, result.preempted) == (step, True)
+    return loop.train(recipe)
 
 
 MARKED = 251  # a byte that no text has

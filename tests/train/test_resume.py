@@ -10,7 +10,7 @@ import pytest
 from fathom import zoo
 from fathom.train.loop import train
 from tests.train import runs, toy_model
-from tests.train.runs import at_steps, history, make_recipe, saved_arrays, saved_data_state
+from tests.train.runs import at_steps, history, interrupted, make_recipe, saved_arrays, saved_data_state
 
 CURVES = ("loss", "grad_norm", "learning_rate", "batch_hash")
 SAME_EVERY_TIME = ("model/", "train/")
@@ -20,19 +20,6 @@ SAME_EVERY_TIME = ("model/", "train/")
 def toy(monkeypatch, tmp_path):
     monkeypatch.setitem(zoo._registered, "toy-lm", toy_model.TOY)
     runs.write_text(tmp_path / "text")
-
-
-def interrupted(recipe, monkeypatch, actions):
-    """Runs until the end, disturbed once at each step of `actions`."""
-    for step, action in actions.items():
-        with monkeypatch.context() as patch:
-            at_steps(patch, {step: action})
-            if action is runs.crash:
-                with pytest.raises(InterruptedError):
-                    train(recipe)
-            else:
-                assert train(recipe).step == step
-    return train(recipe)
 
 
 def assert_equal_runs(one, other, recipe, other_recipe, step):

@@ -184,35 +184,32 @@ def _expert_shard(
 ) -> jax.Array:
     """One shard's experts, for its tokens and for those of the shards it exchanges tokens with."""
 
-    top_k, itemsize = indices_BSK.shape[-1], x_BSD.dtype.itemsize
-
     # Everything is typed as varying over all axes in play. The transposes of these casts sum the gradients of what is
     # replicated: a token's over `summed`, a weight's over the token axes.
-    def of_tokens(weights, x_CD, weights_CK, indices_CK) -> jax.Array:
+    def of_tokens(matrices, x_CD, weights_CK, indices_CK) -> jax.Array:
         def gathered(array: jax.Array) -> jax.Array:
             if exchange.gathered:
                 array = jax.lax.all_gather(array, exchange.gathered, axis=0, tiled=True)
             return vary(array, exchange.summed)
 
-        w1_EDF, w3_EDF, w2_EFD = weights
-        first = jax.lax.axis_index(exchange.experts) * w1_EDF.shape[0] if exchange.experts else 0
+        held = matrices[0].shape[0]
+        first = jax.lax.axis_index(exchange.experts) * held if exchange.experts else 0
         x, weights, indices = gathered(x_CD), gathered(weights_CK), gathered(indices_CK)
-        indices = jnp.where(indices < 0, w1_EDF.shape[0], indices - first)  # below 0: tokens that fill a chunk up
-        y = local_experts(x, indices, weights, w1_EDF, w3_EDF, w2_EFD, limit=limit, implementation=implementation)
+        indices = jnp.where(indices < 0, held, indices - first)  # below 0: tokens that fill a chunk up
+        y = local_experts(x, indices, weights, *matrices, limit=limit, implementation=implementation)
         if exchange.gathered:
             y = jax.lax.psum_scatter(y, exchange.gathered, scatter_dimension=0, tiled=True)
         return jax.lax.psum(y, exchange.summed) if exchange.summed else y
 
     x_TD, weights_TK, indices_TK = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, weights_BSK, indices_BSK))
     shards = jax.lax.axis_size(exchange.gathered) if exchange.gathered else 1
-    most = ROWS_BYTES // (shards * top_k * x_TD.shape[1] * itemsize)
+    most = ROWS_BYTES // (shards * indices_TK.shape[1] * x_TD.shape[1] * x_TD.dtype.itemsize)
     y_TD = in_token_chunks(
         of_tokens,
         chunk_length(x_TD.shape[0], most),
         tuple(vary(w, exchange.unsplit_weights) for w in (w1_EDF, w3_EDF, w2_EFD)),
         (x_TD, weights_TK),
         (indices_TK,),
-        fillers=(-1,),
         varying=(*exchange.experts, *exchange.width, *exchange.unsplit_weights),
     )
     return y_TD.reshape(x_BSD.shape)

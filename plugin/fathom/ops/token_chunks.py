@@ -30,7 +30,6 @@ def in_token_chunks(
     weights: Tree,
     floats: tuple[jax.Array, ...],
     integers: tuple[jax.Array, ...],
-    fillers: tuple[int, ...],
     varying: tuple[str, ...] = (),
 ) -> jax.Array:
     """`function(weights, *floats, *integers)` in chunks of tokens.
@@ -40,15 +39,15 @@ def in_token_chunks(
         that is traced. Inside a shard_map it may communicate: all devices have as many chunks.
       chunk: C.
       weights: floating-point arrays, differentiated.
-      floats, integers: arrays [T, ...], of which the former are differentiated.
-      fillers: for each of `integers` the value of tokens that fill the last chunk up; of `floats` they have zeros.
+      floats, integers: arrays [T, ...], of which the former are differentiated. Tokens that fill the last chunk up
+        are 0 and -1 in them.
       varying: the mesh axes over which a shard_map types the weights as different.
     """
     tokens = floats[0].shape[0]
     if tokens <= chunk:
         return function(weights, *floats, *integers)
     floats = tuple(_cut(x, chunk, 0) for x in floats)
-    integers = tuple(_cut(x, chunk, filler) for x, filler in zip(integers, fillers, strict=True))
+    integers = tuple(_cut(x, chunk, -1) for x in integers)
     y = _chunked((function, varying), weights, floats, integers)
     return y.reshape(-1, *y.shape[2:])[:tokens]
 

@@ -67,16 +67,15 @@ def train(recipe: Recipe) -> TrainResult:
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     probe_run_folder(recipe)
-    with open_checkpoints(recipe) as checkpoints:
-        newest = max(checkpoints.steps(), default=0)
+    checkpoints = open_checkpoints(recipe)
     stages = stages_of(stage_recipes(recipe), [s.until for s in recipe.stages] or [recipe.train.steps])
     limit = recipe.train.max_runtime
     deadline = None if limit is None else time.monotonic() + limit
-    stage = stage_at(stages, newest)
+    stage = stage_at(stages, max(checkpoints.steps(), default=0))
     while True:
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         try:
-            result = train_stage(recipe, stage, stages, left)
+            result = train_stage(recipe, stage, stages, checkpoints, left)
         except OtherStageError as other:  # the newest steps were damaged
             stage = stages[other.number]
             continue
@@ -85,11 +84,12 @@ def train(recipe: Recipe) -> TrainResult:
         stage = stages[stage.number + 1]
 
 
-def train_stage(whole: Recipe, stage: Stage, stages: list[Stage], max_runtime: float | None) -> TrainResult:
+def train_stage(
+    whole: Recipe, stage: Stage, stages: list[Stage], checkpoints: Checkpoints, max_runtime: float | None
+) -> TrainResult:
     """The rest of a stage, from the newest checkpoint; OtherStageError when that lies in another one."""
     recipe = stage.recipe
     spec, mesh = recipe.model_spec(), make_mesh(recipe.mesh.shape)
-    checkpoints = open_checkpoints(recipe, resume=True)
     program = make_program(recipe, mesh)
     loader = open_loader(recipe, program)
     holdout = open_loader(recipe, program, "holdout") if recipe.train.eval_every else None
@@ -133,8 +133,8 @@ def probe_run_folder(recipe: Recipe) -> None:
     agree(probe)
 
 
-def open_checkpoints(recipe: Recipe, resume: bool = False) -> Checkpoints:
-    """The run's checkpoint folder, proven writable; `resume`: whatever `checkpoint.resume` says."""
+def open_checkpoints(recipe: Recipe) -> Checkpoints:
+    """The run's checkpoint folder, proven writable."""
     block = recipe.checkpoint
     checkpoints = Checkpoints(
         recipe.checkpoint_dir,
@@ -143,7 +143,7 @@ def open_checkpoints(recipe: Recipe, resume: bool = False) -> Checkpoints:
         async_save=block.async_save,
     )
     checkpoints.probe()
-    if not (block.resume or resume) and checkpoints.steps():
+    if not block.resume and checkpoints.steps():
         raise CheckpointError(
             f"{checkpoints.directory} already holds steps {checkpoints.steps()} and "
             "checkpoint.resume is false; resume, or give the new run another metrics.directory"

@@ -5,6 +5,8 @@ Every preset knows every logical axis that the model's weights and activations n
 
 from __future__ import annotations
 
+from fathom.models.presets import long_preset
+
 DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     # weights
     "vocab": "tensor",
@@ -36,14 +38,4 @@ DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "tensor",
 }
 
-LONG = DEFAULT | {
-    # Few rows of many tokens: what shards weights and experts cuts the sequence too.
-    "act_batch": "data",
-    "act_sequence": ("fsdp", "expert", "context"),
-    # What is not an expert's is held once, not once for each group of experts.
-    "embed": ("fsdp", "expert"),
-    "q_lora_in": ("fsdp", "expert"),
-    "o_group_in": ("fsdp", "expert"),
-}
-
-PRESETS = {"default": DEFAULT, "long": LONG}
+PRESETS = {"default": DEFAULT, "long": long_preset(DEFAULT)}
