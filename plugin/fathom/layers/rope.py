@@ -6,6 +6,7 @@ through the frequencies alone: V4 applies no mscale anywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -69,12 +70,17 @@ def apply_rope(
 
     Args:
       x: [..., H]. The leading channels pass unchanged.
-      tables: (cos, sin), each broadcastable to [..., rope_dim/2].
+      tables: (cos, sin), each broadcastable to [..., rope_dim/2]; they receive no gradient.
       inverse: turn by the negative angle (V4 does so to the attention output, whose values carry RoPE).
 
     Returns:
       x's shape and dtype; the rotation is done in float32.
     """
+    return _turn(inverse, x, tables)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turn(inverse: bool, x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = tables
     if inverse:
         sin = -sin
@@ -84,3 +90,15 @@ def apply_rope(
     even, odd = pairs[..., 0], pairs[..., 1]
     out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return jnp.concatenate([rest, out.reshape(turned.shape).astype(x.dtype)], axis=-1)
+
+
+def _turn_forward(inverse, x, tables):
+    return _turn(inverse, x, tables), tables
+
+
+def _turn_backward(inverse, tables, dout):
+    # A rotation's transpose is the rotation back. Derived, it is a sum of padded halves, each as large as x.
+    return _turn(not inverse, dout, tables), jax.tree.map(jnp.zeros_like, tables)
+
+
+_turn.defvjp(_turn_forward, _turn_backward)
