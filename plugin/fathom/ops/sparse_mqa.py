@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,11 +255,10 @@ def banded_sparse_mqa(
         _check(q_BSNH, entries_BEH, "entries", sink_N, kv_BSH.shape[-1], selection)
     length, value_dim = q_BSNH.shape[1], kv_BSH.shape[-1]
     band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
-    if implementation == "auto" and length <= sparse_mqa_short.LENGTH and earlier_BWH is None:
-        listed = selection.indices_BSK.shape[-1] if isinstance(selection, Selected) else None
-        _log_choice("short", num_entries, listed, program_platform())
-        some = entries_BEH if num_entries else None
-        out, lse = attend_short(q_BSNH, kv_BSH, sink_N, band_BS, some, selection, scale=scale, window=window)
+    if is_short(implementation, length, earlier_BWH):
+        attended = kv_BSH, sink_N, band_BS, entries_BEH, selection
+        whole = functools.partial(attend_in_blocks, lambda _, q: q, lambda _, q, out: out, (), q_BSNH)
+        out, lse = whole(*attended, scale=scale, window=window)
         return (out, lse) if return_lse else out
     keys = with_earlier(kv_BSH, earlier_BWH, window)
     if implementation == "reference":
@@ -273,6 +274,54 @@ def banded_sparse_mqa(
         )
         out, lse = _attention(plan, q_BSNH, keys, sink_N, band_BS, entries_BEH, selection)
     return (out, lse) if return_lse else out
+
+
+def is_short(implementation: str, length: int, earlier_BWH: jax.Array | None) -> bool:
+    """Whether a sequence is worked through in a few blocks (ops/sparse_mqa_short.py)."""
+    return implementation == "auto" and length <= sparse_mqa_short.LENGTH and earlier_BWH is None
+
+
+def attend_in_blocks(
+    query_fn: Callable[[Any, Any], jax.Array],
+    output_fn: Callable[[Any, Any, jax.Array], jax.Array],
+    params: Any,
+    inputs: Any,
+    kv_BSH: jax.Array,
+    sink_N: jax.Array,
+    band_BS: jax.Array,
+    entries_BEH: jax.Array | None = None,
+    selection: Selection = None,
+    *,
+    scale: float,
+    window: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_in_chunks` (ops/chunked_layer.py) of a sequence that `is_short`: the same arguments and results.
+
+    Blocks follow one another in the program, and jax derives what surrounds the attention, so that the functions may
+    be any.
+
+    Raises:
+      ValueError: for entries without a selection.
+    """
+    entries_BEH, selection = check_entries(entries_BEH, selection)
+    num_entries = 0 if entries_BEH is None else entries_BEH.shape[1]
+    listed = selection.indices_BSK.shape[-1] if isinstance(selection, Selected) else None
+    _log_choice("short", num_entries, listed, program_platform())
+
+    def of(tokens: slice):
+        return jax.tree.map(lambda x: x[:, tokens], inputs)
+
+    return attend_short(
+        lambda tokens: query_fn(params, of(tokens)),
+        lambda tokens, out: output_fn(params, of(tokens), out),
+        kv_BSH,
+        sink_N,
+        clip_band(band_BS, window),
+        entries_BEH if num_entries else None,
+        selection,
+        scale=scale,
+        window=window,
+    )
 
 
 def clip_band(band_BS: jax.Array, window: int, *, whole: bool = True) -> jax.Array:

@@ -10,6 +10,7 @@ Letters: B batch, G rows of the batch taken together, S queries, N heads, H key 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ SCORES = 1 << 18
 """Attention scores of a block, over all rows taken together: 1 MiB in float32."""
 
 
+Blocks = tuple[jax.Array, ...]
+"""One array per block of queries."""
+
+
 def _block_length(length: int) -> int:
     """Queries of a block, of rows of `length` tokens."""
     return next(block for longest, block in BLOCKS.items() if length <= longest)
@@ -39,11 +44,11 @@ def _spans(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(max(start - window + 1, 0), start, min(start + block, length)) for start in range(0, length, block)]
 
 
-def _rows_together(q_BSNH: jax.Array, kv_BSH: jax.Array, entries_BEH: jax.Array | None) -> int:
+def _rows_together(blocks: Blocks, kv_BSH: jax.Array, entries_BEH: jax.Array | None) -> int:
     """G: the largest divisor of the batch whose scores are within `SCORES`."""
-    batch, length, heads, _ = q_BSNH.shape
+    batch, queries, heads, _ = blocks[0].shape
     keys = kv_BSH.shape[1] + (0 if entries_BEH is None else entries_BEH.shape[1])
-    most = max(SCORES // (min(length, _block_length(length)) * heads * keys), 1)
+    most = max(SCORES // (queries * heads * keys), 1)
     return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= most)
 
 
@@ -83,75 +88,64 @@ def _block(span: tuple[int, int, int], near, band_GS, entries, seen_GSE) -> Part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(sizes, sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE):
+def _attend(sizes, sink_N, queries: Blocks, kv_BSH, band_BS, entries_BEH, seen_BSE) -> tuple[Blocks, Blocks]:
+    """Output and log-sum-exp of each block of queries."""
     window, scale = sizes
     sizes = {"scale": scale, "value_dim": kv_BSH.shape[-1]}
 
     def of_rows(group):
-        q, kv, band, entries, seen = group
+        queries, kv, band, entries, seen = group
         near, entries = _finite(kv, entries)
         keys = near, band, entries, seen
-        made = [attend(q[:, span[1] : span[2]], [_block(span, *keys)], sink_N, **sizes) for span in spans]
-        out, lse = (jnp.concatenate(blocks, axis=1) for blocks in zip(*made, strict=True))
-        return out.astype(q.dtype), lse
+        made = [attend(q, [_block(span, *keys)], sink_N, **sizes) for q, span in zip(queries, spans, strict=True)]
+        return tuple(x.out.astype(q.dtype) for x, q in zip(made, queries, strict=True)), tuple(x.lse for x in made)
 
-    spans = _spans(q_BSNH.shape[1], window)
-    rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
-    return _whole(_map_rows(of_rows, rows, (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE)))
+    spans = _spans(kv_BSH.shape[1], window)
+    rows = _rows_together(queries, kv_BSH, entries_BEH)
+    return _whole(_map_rows(of_rows, rows, (queries, kv_BSH, band_BS, entries_BEH, seen_BSE)))
 
 
 def _attend_forward(sizes, *args):
     # Named here, for a policy of activation checkpointing to keep the very arrays that the backward reads.
     out, lse = checkpoint_name(_attend(sizes, *args), "attention")
-    return (out, lse), (args, Made(out, lse))
+    return (out, lse), (args, out, lse)
 
 
 def _attend_backward(sizes, residuals, cotangents):
     window, scale = sizes
-    args, made = residuals
-    sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE = args
-
-    def of_block(span, q, made, dout, dlse, *keys) -> ChunkGradients:
-        queries = slice(span[1], span[2])
-        return attend_backward(
-            q[:, queries],
-            [_block(span, *keys)],
-            sink_N,
-            Made(made.out[:, queries], made.lse[:, queries]),
-            dout[:, queries],
-            dlse[:, queries],
-            scale=scale,
-            value_dim=kv_BSH.shape[-1],
-        )
+    (sink_N, queries, kv_BSH, band_BS, entries_BEH, seen_BSE), *made = residuals
 
     def of_rows(group):
-        (q, kv, band, entries, seen), made, (dout, dlse) = group
+        (kv, band, entries, seen), *blocks = group
         near, entries = _finite(kv, entries)
-        dkv, dentries, dq, dsink = 0.0, 0.0, [], 0.0
-        for span in spans:
-            grads = of_block(span, q, made, dout, dlse, near, band, entries, seen)
+        dkv, dentries, dqueries, dsink = 0.0, 0.0, [], 0.0
+        for span, (q, out, lse, dout, dlse) in zip(spans, zip(*blocks, strict=True), strict=True):
+            part = _block(span, near, band, entries, seen)
+            sizes = {"scale": scale, "value_dim": kv.shape[-1]}
+            grads: ChunkGradients = attend_backward(q, [part], sink_N, Made(out, lse), dout, dlse, **sizes)
             first, _, end = span
             dkv += jnp.pad(grads.dkeys[0][:, : end - first], ((0, 0), (first, kv.shape[1] - end), (0, 0)))
             dentries += grads.dkeys[0][:, end - first :]
-            dq.append(grads.dq)
+            dqueries.append(grads.dq)
             dsink += grads.dsink_N
         dentries = None if entries_BEH is None else dentries.astype(kv.dtype)
-        return jnp.concatenate(dq, axis=1), dkv.astype(kv.dtype), dentries, dsink
+        return tuple(dqueries), dkv.astype(kv.dtype), dentries, dsink
 
-    spans = _spans(q_BSNH.shape[1], window)
-    groups = (q_BSNH, kv_BSH, band_BS, entries_BEH, seen_BSE), made, cotangents
-    rows = _rows_together(q_BSNH, kv_BSH, entries_BEH)
+    spans = _spans(kv_BSH.shape[1], window)
+    groups = (kv_BSH, band_BS, entries_BEH, seen_BSE), queries, *made, *cotangents
+    rows = _rows_together(queries, kv_BSH, entries_BEH)
     *grads, dsink = _map_rows(of_rows, rows, groups)
-    dq, dkv, dentries = _whole(tuple(grads))
+    dqueries, dkv, dentries = _whole(tuple(grads))
     nothing = [None if x is None else np.zeros(x.shape, jax.dtypes.float0) for x in (band_BS, seen_BSE)]
-    return dsink.sum(axis=0).astype(sink_N.dtype), dq, dkv, nothing[0], dentries, nothing[1]
+    return dsink.sum(axis=0).astype(sink_N.dtype), dqueries, dkv, nothing[0], dentries, nothing[1]
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_short(
-    q_BSNH: jax.Array,
+    query_fn: Callable[[slice], jax.Array],
+    output_fn: Callable[[slice, jax.Array], jax.Array],
     kv_BSH: jax.Array,
     sink_N: jax.Array,
     band_BS: jax.Array,
@@ -161,6 +155,18 @@ def attend_short(
     scale: float,
     window: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`banded_sparse_mqa` of a short sequence: output [B, S, N, H] in q's dtype, log-sum-exp float32 [B, S, N]."""
+    """`banded_sparse_mqa` of a short sequence, with what comes before and after it, in blocks of queries.
+
+    Args:
+      query_fn: gives the queries of some of the tokens, [B, C, N, H]; output_fn: makes of the output for them, in q's
+        dtype, [B, C, ...]. Whole queries and outputs would be copied to cut them, and held beside their blocks.
+
+    Returns:
+      [B, S, ...] of `output_fn`, and the log-sum-exp, float32 [B, S, N].
+    """
     seen = None if entries_BEH is None else entry_mask(selection, entries_BEH.shape[1])
-    return _attend((window, scale), sink_N, q_BSNH, kv_BSH, band_BS, entries_BEH, seen)
+    tokens = [slice(start, end) for _, start, end in _spans(kv_BSH.shape[1], window)]
+    blocks = tuple(query_fn(some) for some in tokens)
+    out, lse = _attend((window, scale), sink_N, blocks, kv_BSH, band_BS, entries_BEH, seen)
+    made = [output_fn(some, block) for some, block in zip(tokens, out, strict=True)]
+    return jnp.concatenate(made, axis=1), jnp.concatenate(lse, axis=1)

@@ -26,7 +26,7 @@ from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.ops.chunked_layer import attend_in_chunks, stretch_length
 from fathom.ops.quantization import hadamard, simulate_fp4, simulate_fp8
 from fathom.ops.selection import Selection, VisibleRange
-from fathom.ops.sparse_mqa import banded_sparse_mqa
+from fathom.ops.sparse_mqa import attend_in_blocks, banded_sparse_mqa, is_short
 
 KV_QUANT_BLOCK = 64
 INDEX_QUANT_BLOCK = 32
@@ -259,7 +259,8 @@ class Attention(nnx.Module):
         inputs: LayerInputs,
         place: Place,
     ) -> tuple[jax.Array, jax.Array]:
-        """The attention's output projected, [B, S, D], and its log-sum-exp; of a long sequence in stretches."""
+        """The attention's output projected, [B, S, D], and its log-sum-exp; of a long or short sequence in
+        pieces."""
         c = self.config
         weights = {name: getattr(self, name).weight[...] for name in ("wq_b", "wo_a", "wo_b")}
         dtype = jnp.float32 if place.shard.heads else qr_BSR.dtype
@@ -267,9 +268,9 @@ class Attention(nnx.Module):
         project = functools.partial(_project_output, jnp.dtype(dtype), self.options.simulate_quant)
         parts = qr_BSR, self._tables(inputs)
         band = inputs.documents.band(c.sliding_window)
+        sizes = dict(scale=c.head_dim**-0.5, window=c.sliding_window)
         common = dict(
-            scale=c.head_dim**-0.5,
-            window=c.sliding_window,
+            sizes,
             earlier_BWH=earlier_BWH,
             implementation=self.options.attention,
             query_chunk=self.options.query_chunk,
@@ -277,6 +278,8 @@ class Attention(nnx.Module):
         attended = kv_BSH, self.sink[...], band, entries_BEH, selection
         if qr_BSR.shape[1] > place.stretch and self.options.attention != "reference":
             return attend_in_chunks(queries, project, weights, parts, *attended, layer_chunk=place.stretch, **common)
+        if is_short(self.options.attention, qr_BSR.shape[1], earlier_BWH):
+            return attend_in_blocks(queries, project, weights, parts, *attended, **sizes)
         out, lse = banded_sparse_mqa(queries(weights, parts), *attended, return_lse=True, **common)
         return project(weights, parts, out), lse
 
