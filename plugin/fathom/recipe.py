@@ -99,6 +99,7 @@ class ModelBlock(Block):
     attention: Literal[ATTENTION_IMPLEMENTATIONS] = "auto"
     query_chunk: int | None = Field(None, ge=1)
     stretch: int | None = Field(None, ge=1)
+    balance: bool = False
     remat: Literal[REMAT_POLICIES] = "none"
     simulate_quant: bool = False
     selection: Literal[SELECTIONS] = "exact"
@@ -424,6 +425,7 @@ SAFE_TO_CHANGE = (
     "model.attention",
     "model.query_chunk",
     "model.stretch",
+    "model.balance",
     "model.remat",
     "model.mla_form",
     "data.path",

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fathom.recipe import Recipe, StageBlock
 
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
-    "model": ("attention", "query_chunk", "stretch", "remat", "selection", "recall_target", "mla_form"),
+    "model": ("attention", "query_chunk", "stretch", "balance", "remat", "selection", "recall_target",
+              "mla_form"),
     "data": ("source", "path", "pattern", "exclude", "field", "sequence_length", "batch_size", "packing", "shuffle",
              "shuffle_rows", "seed", "max_bytes"),
     "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),

@@ -35,7 +35,7 @@ from fathom.ops.indexer import exact_topk, indexer_scores
 from fathom.ops.selection import Selected
 
 
-def always_select(self, x, qr, inputs, place) -> Choice:
+def always_select(self, x, qr, inputs, place, asked) -> Choice:
     """In the place of `BaseIndexer.__call__`: no shortcut, neither its own nor that of `indexer_topk`."""
     x, qr = jax.lax.stop_gradient((x, qr))
     visible, num_entries = self.visible(inputs)

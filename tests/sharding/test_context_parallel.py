@@ -99,6 +99,22 @@ def test_the_indexers_learn_what_they_learn_on_one_device(name):
     assert too_far(*({leaf: leaves[leaf] for leaf in sorted(learned)} for leaves in (got, want)), floor=0.0) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("v4", {"context": 4, "data": 2}, {"stretch": 5}),
+        ("v4", {"fsdp": 2, "tensor": 2, "context": 2}, {}),
+        ("v32", {"context": 4, "data": 2}, {}),
+    ],
+    ids=["v4 context", "v4 mixed", "v32 context"],
+)
+def test_queries_exchanged_for_equal_work_change_nothing(name, shape, options):
+    """The indexers train; of a device's 22 or 44 tokens half are another's, across borders of documents."""
+    training = {"indexer_loss": True, "stage": "sparse"}
+    got = on_mesh(name, shape, balance=True, **training, **options)
+    assert too_far(got, on_mesh(name, None, **training)) == {}
+
+
 @pytest.mark.parametrize("name", ["v4", "v32"])
 def test_no_document_changes_a_bit_of_another(name):
     graphdef, params, rest = model(name, FP32)

@@ -61,6 +61,14 @@ class Choice(NamedTuple):
 NO_CHOICE = Choice(None, None)
 
 
+class Asked(NamedTuple):
+    """Queries: their hidden states, their low-rank form, and what else is known about them."""
+
+    x_BSD: jax.Array
+    qr_BSR: jax.Array
+    inputs: Any
+
+
 class TeacherParts(NamedTuple):
     """The attention that an indexer learns from, its queries not yet made, for they are wide.
 
@@ -186,10 +194,13 @@ class BaseIndexer(nnx.Module):
         parts = jax.lax.stop_gradient((x_BSD, qr_BSR, self.tables(inputs), self.visible(inputs)[0]))
         return Selected(checkpoint_name(map_chunks(of_stretch, parts, stretch), "selected_entries"))
 
-    def __call__(self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any, place: Place = START) -> Choice:
+    def __call__(
+        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: Any, place: Place = START, asked: Asked | None = None
+    ) -> Choice:
         """Which entries each query attends to: without selecting when a row has no more entries than top_k, without
-        scoring when it does not train either."""
-        visible, num_entries = self.visible(inputs)
+        scoring when it does not train either. `asked`: other queries than those of the device's tokens."""
+        asked = asked or Asked(x_BSD, qr_BSR, inputs)
+        visible, num_entries = self.visible(asked.inputs)
         stage = self.options.stage
         everything = num_entries <= self.top_k or stage != "sparse"
         if everything:
@@ -199,9 +210,8 @@ class BaseIndexer(nnx.Module):
         else:
             _log_selection(num_entries, self.top_k, self.options.selection, self.options.recall_target)
         # Selection is discrete, and the indexer's own loss stops here: nothing before it learns from it.
-        x_BSD, qr_BSR = jax.lax.stop_gradient((x_BSD, qr_BSR))
-        k = self._keys(x_BSD, inputs, place.detached())
-        selection = visible if everything else self.select(x_BSD, qr_BSR, k, inputs, place.stretch)
+        k = self._keys(jax.lax.stop_gradient(x_BSD), inputs, place.detached())
+        selection = visible if everything else self.select(asked.x_BSD, asked.qr_BSR, k, asked.inputs, place.stretch)
         return Choice(selection, k if self.options.indexer_loss else None)
 
     def loss(

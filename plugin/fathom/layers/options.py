@@ -25,6 +25,8 @@ class ComputeOptions:
         V3.2's masked attention, else 64.
       stretch: tokens whose queries, projections and other wide results of an attention sublayer are held at a time,
         on each device; unless given as many as ops/chunked_layer.py says. Shorter sequences are worked through whole.
+      balance: where a sequence is cut over devices, each works on the first half of its own queries and the second of
+        those of the device as far from the other end: later queries have more to score, and so all have as much.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "dots" saves the results of matrix products without batch dimensions;
         "attention" saves the attention outputs and the selected indices.
@@ -45,6 +47,7 @@ class ComputeOptions:
     attention: str = "auto"
     query_chunk: int | None = None
     stretch: int | None = None
+    balance: bool = False
     remat: str = "none"
     simulate_quant: bool = False
     stage: str = "sparse"

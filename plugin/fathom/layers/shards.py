@@ -84,6 +84,20 @@ class Shard:
             start += size
         return shifted
 
+    def mirror(self, tree: Any) -> Any:
+        """Each array [B, S, ...] with the second half of its tokens exchanged for those of the mirror image's, the
+        device as far from the row's other end. Its own inverse."""
+
+        def of_array(x: jax.Array) -> jax.Array:
+            half = x.shape[1] // 2
+            return jnp.concatenate([x[:, :half], self.from_mirror(x[:, half:])], axis=1)
+
+        return jax.tree.map(of_array, tree) if self.count > 1 else tree
+
+    def from_mirror(self, x: jax.Array) -> jax.Array:
+        """The mirror image's."""
+        return jax.lax.ppermute(x, self.sequence, [(i, self.count - 1 - i) for i in range(self.count)])
+
     def gather(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """The pieces of all devices of a row, in the order of the sequence."""
         return jax.lax.all_gather(x, self.sequence, axis=axis, tiled=True) if self.sequence else x
@@ -98,6 +112,16 @@ class Shard:
 
 
 WHOLE = Shard()
+
+
+def mirror_queries(shard: Shard, inputs: Any) -> Any:
+    """`inputs` with the arrays that have one value per query mirrored (see `per_device` for their kinds)."""
+    return jax.tree.map(lambda x, kind: shard.mirror(x) if kind == QUERIES else x, inputs, inputs.kinds())
+
+
+def some_queries(inputs: Any, tokens: slice) -> Any:
+    """`inputs` for some of the queries."""
+    return jax.tree.map(lambda x, kind: x[:, tokens] if kind == QUERIES else x, inputs, inputs.kinds())
 
 
 class Place(NamedTuple):

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fathom.layers.documents import Documents
-from fathom.layers.indexer import BaseIndexer, TeacherParts
+from fathom.layers.indexer import Asked, BaseIndexer, TeacherParts
 from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.layers.shards import QUERIES, START, Place, Shard, per_device
+from fathom.layers.shards import QUERIES, START, Place, Shard, mirror_queries, per_device
 from fathom.models.deepseek_v32.config import DeepseekV32Config
 from fathom.models.deepseek_v32.mla import Latents, absorbed_queries, choose, latent_attention, sizes_of
 from fathom.ops.chunked_layer import attend_in_chunks, stretch_length
@@ -269,16 +269,21 @@ class Attention(nnx.Module):
         stretch = self.options.stretch or stretch_length(self.wq_b.weight.shape[1], width, x_BSD.dtype)
         place = Place(shard, None, stretch)
         projections = self.project(x_BSD, inputs, place)
-        choice = self.indexer(x_BSD, projections.qr_BSR, inputs, place)
-        y, lse = self.attend(projections, choice.selection, inputs, place)
+        asked = Asked(x_BSD, projections.qr_BSR, inputs)
+        if self.options.balance:
+            asked = Asked(*shard.mirror((x_BSD, projections.qr_BSR)), mirror_queries(shard, inputs))
+        choice = self.indexer(x_BSD, projections.qr_BSR, inputs, place, asked)
+        projections = projections._replace(qr_BSR=asked.qr_BSR)
+        y, lse = self.attend(projections, choice.selection, asked.inputs, place)
         loss = jnp.zeros((), jnp.float32)
         if choice.k_BEH is not None:
             # Absorbed, all heads share the keys, which is what the teacher is made of.
             weights = {name: jax.lax.stop_gradient(getattr(self, name).weight[...]) for name in ("wq_b", "wkv_b")}
             make_queries = functools.partial(_absorbed_queries, c.nope_head_dim, weights)
-            parts = projections.qr_BSR, inputs.rope
+            parts = asked.qr_BSR, asked.inputs.rope
             teacher = TeacherParts(make_queries, parts, projections.latents_BTR, lse, c.softmax_scale)
-            loss = self.indexer.loss(choice, x_BSD, projections.qr_BSR, inputs, teacher, place)
+            loss = self.indexer.loss(choice, *asked, teacher, place)
+        y = shard.mirror(y) if self.options.balance else y
         return shard.sum_heads(y).astype(x_BSD.dtype), shard.sum_tokens(loss)
 
 

@@ -14,13 +14,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fathom.layers.documents import Documents, Windows
-from fathom.layers.indexer import NO_CHOICE, BaseIndexer, Choice, TeacherParts
+from fathom.layers.indexer import NO_CHOICE, Asked, BaseIndexer, Choice, TeacherParts
 from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
-from fathom.layers.shards import KEYS, QUERIES, START, Place, Shard, per_device
+from fathom.layers.shards import (
+    KEYS,
+    QUERIES,
+    START,
+    Place,
+    Shard,
+    mirror_queries,
+    per_device,
+    some_queries,
+)
 from fathom.models.deepseek_v4.compressors import Compressor
 from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.ops.chunked_layer import attend_in_chunks, stretch_length
@@ -203,14 +212,23 @@ class Attention(nnx.Module):
         qr, kv = self._project_down(x_BSD)
         kv = self._simulate_kv(apply_rope(kv, self._tables(inputs)))
         place, earlier = self._place(shard, x_BSD, kv, inputs)
-        entries, choice = self._compressed(x_BSD, qr, inputs, place)
-        y, lse = self._attend(qr, kv, earlier, entries, choice.selection, inputs, place)
+        balance = self.options.balance and shard.count > 1 and self.kind != "sliding"
+        asked = Asked(x_BSD, qr, inputs)
+        if balance:
+            # Hidden states for the heads' weights alone: a detached copy, of which HCA makes nothing.
+            mirrored = jax.lax.stop_gradient(shard.mirror(x_BSD))
+            asked = Asked(mirrored, shard.mirror(qr), mirror_queries(shard, inputs))
+        entries, choice = self._compressed(x_BSD, qr, inputs, place, asked)
+        attend = self._attend_mirrored if balance else self._attend
+        y, lse = attend(asked.qr_BSR, kv, earlier, entries, choice.selection, asked.inputs, place)
         loss = jnp.zeros((), jnp.float32)
         if choice.k_BEH is not None:
             weights = jax.lax.stop_gradient(self.wq_b.weight[...])
             make_queries = functools.partial(_make_queries, c.rms_norm_eps, {"wq_b": weights})
-            teacher = TeacherParts(make_queries, (qr, self._tables(inputs)), entries, lse, c.head_dim**-0.5)
-            loss = self.indexer.loss(choice, x_BSD, qr, inputs, teacher, place)
+            parts = asked.qr_BSR, self._tables(asked.inputs)
+            teacher = TeacherParts(make_queries, parts, entries, lse, c.head_dim**-0.5)
+            loss = self.indexer.loss(choice, *asked, teacher, place)
+        y = shard.mirror(y) if balance else y
         return shard.sum_heads(y).astype(x_BSD.dtype), shard.sum_tokens(loss)
 
     def _project_down(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -283,8 +301,23 @@ class Attention(nnx.Module):
         out, lse = banded_sparse_mqa(queries(weights, parts), *attended, return_lse=True, **common)
         return project(weights, parts, out), lse
 
+    def _attend_mirrored(
+        self, qr_BSR, kv_BSH, earlier_BWH, entries_BEH, selection, inputs, place
+    ) -> tuple[jax.Array, jax.Array]:
+        """`_attend` of mirrored queries and what belongs to them; key-values are the device's own."""
+        half, reach = kv_BSH.shape[1] // 2, earlier_BWH.shape[1]
+        near = jnp.concatenate([earlier_BWH, kv_BSH], axis=1)
+        first, second = near[:, : reach + half], place.shard.from_mirror(near[:, half:])
+        made = []
+        for tokens, keys in ((slice(half), first), (slice(half, None), second)):
+            chosen = jax.tree.map(lambda x, tokens=tokens: x[:, tokens], selection)
+            kv, earlier = keys[:, reach:], keys[:, :reach]
+            some = some_queries(inputs, tokens)
+            made.append(self._attend(qr_BSR[:, tokens], kv, earlier, entries_BEH, chosen, some, place))
+        return tuple(jnp.concatenate(both, axis=1) for both in zip(*made, strict=True))
+
     def _compressed(
-        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs, place: Place = START
+        self, x_BSD: jax.Array, qr_BSR: jax.Array, inputs: LayerInputs, place: Place, asked: Asked
     ) -> tuple[jax.Array | None, Choice]:
         """The row's compressed entries and which of them each query sees."""
         if self.kind == "sliding":
@@ -295,8 +328,9 @@ class Attention(nnx.Module):
         entries = apply_rope(self.compressor(x_BSD, windows, place), inputs.entry_rope[self.ratio])
         entries = self._simulate_kv(entries)
         if self.kind == "hca":
+            windows = asked.inputs.windows[self.ratio]
             return entries, Choice(VisibleRange(windows.begin_BS, windows.end_BS), None)
-        return entries, self.indexer(x_BSD, qr_BSR, inputs, place)
+        return entries, self.indexer(x_BSD, qr_BSR, inputs, place, asked)
 
     def _simulate_kv(self, kv: jax.Array) -> jax.Array:
         """FP8 rounding of the channels without RoPE, as the released cache stores them."""
