@@ -30,7 +30,12 @@ OPTIONS = ComputeOptions(dtype="float32", query_chunk=64, stage="sparse", indexe
 V4 = small_config(index_top_k=48)
 V32 = small_v32_config(index_top_k=96)
 WEIGHTS = LossWeights(mtp=0.3, balance=1e-2, indexer=1.0)
-ROWS = {"suite": range(4), "all": range(50)}
+SUITE = range(4)
+FIFTY = {"v4": range(50), "v32": [row for row in range(52) if row not in (40, 45)]}
+"""V3.2's rows 40 and 45 stand where the model itself jumps, closer than float32 rounds. In 40 a selected product of an
+index query and key is -2.2e-6 packed and 5.6e-7 alone, of products of 4.8, on either side of the ReLU's kink: three of
+the indexer's gradients differ by 7e-5 to 1.5e-4. In 45 two scores at the edge of the top-k are 6e-7 apart at 1.0575,
+and one query of layer 2 takes token 206 instead of 123: 1.6e-2 in its logits. Read off the programs' own arrays."""
 
 
 def random_row(seed: int) -> list[np.ndarray]:
@@ -119,14 +124,14 @@ def check(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["v4", "v32"])
 def test_documents_are_as_alone(name):
-    for seed in ROWS["suite"]:
+    for seed in SUITE:
         check(name, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4", "v32"])
 def test_documents_of_fifty_rows_are_as_alone(name):
-    for seed in ROWS["all"]:
+    for seed in FIFTY[name]:
         check(name, seed)
 
 
@@ -136,10 +141,10 @@ def gaps(rows: list[list[np.ndarray]]) -> int:
 
 
 def test_the_rows_have_what_they_are_for():
-    rows = [random_row(seed) for seed in ROWS["suite"]]
+    rows = [random_row(seed) for seed in SUITE]
     lengths = [span.size for row in rows for span in row]
     assert min(lengths) < 16 and max(lengths) > 300 and gaps(rows) and all(rows)
-    rows = [random_row(seed) for seed in ROWS["all"]]
+    rows = [random_row(seed) for seed in FIFTY["v4"]]
     lengths = np.array([span.size for row in rows for span in row])
     starts = np.array([span[0] for row in rows for span in row])
     assert lengths.min() == 1 and lengths.max() > 600 and np.sum(lengths < 16) > 20 and np.sum(lengths > 300) > 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,9 @@ def test_the_indexers_learn_what_they_learn_on_one_device(name):
 def test_queries_exchanged_for_equal_work_change_nothing(name, shape, options):
     """The indexers train; of a device's 22 or 44 tokens half are another's, across borders of documents."""
     training = {"indexer_loss": True, "stage": "sparse"}
-    got = on_mesh(name, shape, balance=True, **training, **options)
+    with mock.patch.object(Shard, "from_mirror", autospec=True, side_effect=Shard.from_mirror) as exchange:
+        got = on_mesh(name, shape, balance=True, **training, **options)
+    assert exchange.called
     assert too_far(got, on_mesh(name, None, **training)) == {}
 
 
