@@ -122,9 +122,10 @@ def test_rows_are_the_same_on_other_meshes(tmp_path, devices, axis, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"context": 8}, {"fsdp": 2, "expert": 2, "context": 2}], ids=["context", "mixed"])
+@pytest.mark.parametrize("mesh", [{"context": 8}, {"tensor": 2, "context": 4}], ids=["context", "mixed"])
 def test_v4_cut_over_two_processes_trains_as_in_one(tmp_path, mesh):
-    """Packed rows, indexers, MTP: losses of three steps within 1e-5. About three minutes each."""
+    """Packed rows, indexers, MTP: losses of three steps within 1e-5. About three minutes each. Neither mesh cuts rows,
+    of which each process would read its own."""
     layers = {
         "attention_kinds": ["sliding", "csa", "hca"],
         "compress_ratios": [0, 4, 16],
