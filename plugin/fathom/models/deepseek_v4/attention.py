@@ -212,7 +212,7 @@ class Attention(nnx.Module):
         qr, kv = self._project_down(x_BSD)
         kv = self._simulate_kv(apply_rope(kv, self._tables(inputs)))
         place, earlier = self._place(shard, x_BSD, kv, inputs)
-        balance = self.options.balance and shard.count > 1 and self.kind != "sliding"
+        balance = self.options.balance and self.kind != "sliding" and shard.count > 1 and x_BSD.shape[1] > 1
         asked = Asked(x_BSD, qr, inputs)
         if balance:
             # Hidden states for the heads' weights alone: a detached copy, of which HCA makes nothing.
