@@ -164,7 +164,10 @@ class DataBlock(Block):
 
 
 class OptimizerBlock(Block):
-    """AdamW: warmup, a constant stretch, then `decay_steps` down to `final_ratio` of the peak."""
+    """AdamW: warmup, a constant stretch, then `decay_steps` down to `final_ratio` of the peak.
+
+    `momentum_dtype` is the storage of first moments; second moments are float32.
+    """
 
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(gt=0)
@@ -175,6 +178,7 @@ class OptimizerBlock(Block):
     b1: float = Field(0.9, ge=0, lt=1)
     b2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-20, gt=0)
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
 

@@ -33,7 +33,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
             "name": "step-memory",
             "model": {"name": args.model, "dtype": "bfloat16", "param_dtype": args.param_dtype, "remat": args.remat},
             "data": {"path": ".", "sequence_length": args.length, "batch_size": args.rows},
-            "optimizer": {"learning_rate": 1e-4},
+            "optimizer": {"learning_rate": 1e-4, "momentum_dtype": args.momentum_dtype},
             "mesh": mesh | {"preset": args.preset},
             "train": {"steps": 100, "stage": args.stage},
         }
@@ -62,6 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", default="sparse")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--param-dtype", default="float32")
+    parser.add_argument("--momentum-dtype", default="float32")
     return parser.parse_args(arguments)
 
 

@@ -2,7 +2,7 @@
 
 Frozen parameters never reach the optimizer: the step splits them off by path, so they have no
 gradient, no moments, no decay and no update. Gradients and moments are float32 whatever the
-parameters are stored in.
+parameters are stored in; first moments may be stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def make_optimizer(
         raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
     return optax.chain(
         _clip(spec, trainable, block.clip_norm),
-        optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps),
+        optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype),
         optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable)),
         optax.scale_by_learning_rate(make_schedule(block, steps)),
     )
