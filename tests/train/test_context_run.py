@@ -19,7 +19,10 @@ MESHES = {"whole": {"data": 8}, "context 4": {"data": 2, "context": 4}, "mixed":
 
 @pytest.mark.slow
 def test_losses_of_twenty_steps_agree(tmp_path):
-    """Within 1e-5 of each, the indexer's and MTP's included. Three programs are compiled: about two minutes."""
+    """Within 1e-5 of each, the indexer's and MTP's included. Three programs are compiled: about three minutes.
+
+    Fails at present, from the fourth step on, by 2e-3 at worst; the cause is not known.
+    """
     runs.write_text(tmp_path / "text", files=40)
     losses = {}
     for name, mesh in MESHES.items():

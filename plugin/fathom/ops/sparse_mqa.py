@@ -254,12 +254,12 @@ def banded_sparse_mqa(
     if num_entries:
         _check(q_BSNH, entries_BEH, "entries", sink_N, kv_BSH.shape[-1], selection)
     length, value_dim = q_BSNH.shape[1], kv_BSH.shape[-1]
-    band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
     if is_short(implementation, length, earlier_BWH):
         attended = kv_BSH, sink_N, band_BS, entries_BEH, selection
         whole = functools.partial(attend_in_blocks, lambda _, q: q, lambda _, q, out: out, (), q_BSNH)
         out, lse = whole(*attended, scale=scale, window=window)
         return (out, lse) if return_lse else out
+    band_BS = clip_band(band_BS, window, whole=earlier_BWH is None)
     keys = with_earlier(kv_BSH, earlier_BWH, window)
     if implementation == "reference":
         distance = jnp.arange(length)[:, None] + window - 1 - jnp.arange(keys.shape[1])
