@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fathom.layers.moe import Experts, MoE, SharedExpert, swiglu
+from fathom.layers.expert_rows import swiglu
+from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.param import HashTable, RouterBias
 from fathom.layers.router import (
     HashRouter,

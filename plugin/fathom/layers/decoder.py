@@ -15,14 +15,12 @@ import numpy as np
 from flax import nnx
 
 from fathom.layers.documents import Documents
+from fathom.layers.embedding import Embedding
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import normal, param
 from fathom.layers.remat import remat
 from fathom.mesh import constrain
-from fathom.ops.embedding import embedding_lookup
 from fathom.ops.precision import precision_of
-
-HIDDEN = ("act_batch", "act_sequence", "act_embed")
 
 
 class Output(NamedTuple):
@@ -54,21 +52,6 @@ class Features(NamedTuple):
     streams: tuple[jax.Array, ...]
 
 
-class Embedding(nnx.Module):
-    """Token embedding [V, D]."""
-
-    def __init__(self, rngs: nnx.Rngs, vocab: int, hidden: int, *, stddev: float, dtype: str):
-        self.weight = param(
-            rngs.params(), (vocab, hidden), normal(stddev), axes=("vocab", "embed"), dtype=dtype
-        )
-
-    def __call__(self, tokens_BS: jax.Array, dtype: str) -> jax.Array:
-        def spread(table: jax.Array) -> jax.Array:
-            return constrain(table, ("vocab", "act_embed"))
-
-        return constrain(embedding_lookup(self.weight[...], tokens_BS, dtype, spread), HIDDEN)
-
-
 class Head(nnx.Module):
     """Prediction head [D, V]."""
 
@@ -77,13 +60,10 @@ class Head(nnx.Module):
             rngs.params(), (hidden, vocab), normal(stddev), axes=("embed", "vocab"), dtype=dtype
         )
 
-    def kernel(self, dtype: jnp.dtype) -> jax.Array:
-        """The kernel in the compute dtype, gathered once over the axes that shard its rows."""
-        return constrain(self.weight[...].astype(dtype), ("act_embed", "vocab"))
-
     def __call__(self, hidden_BSD: jax.Array) -> jax.Array:
         """float32 logits [B, S, V]."""
-        kernel = self.kernel(hidden_BSD.dtype)
+        # Cast first: what is gathered over the axes that shard its rows is in the compute dtype.
+        kernel = constrain(self.weight[...].astype(hidden_BSD.dtype), ("act_embed", "vocab"))
         logits = jnp.einsum(
             "bsd,dv->bsv",
             hidden_BSD,
@@ -164,7 +144,7 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(block)
 
         def run(state, x, inputs):
-            return nnx.merge(graphdef, state)(x, inputs)
+            return nnx.merge(graphdef, _cast_late(state, x.dtype))(x, inputs)
 
         return remat(run, self.options.remat)(state, x, inputs)
 
@@ -253,6 +233,23 @@ def _tie(inputs: Any, layer_state: nnx.State) -> Any:
     _, *tied = jax.lax.optimization_barrier((weight, *(leaves[i] for i in whole)))
     for i, leaf in zip(whole, tied, strict=True):
         leaves[i] = leaf
+    return structure.unflatten(leaves)
+
+
+def _cast_late(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """A layer's weights, those that its products cast to `dtype` times a 1 that seems to differ from layer to layer.
+
+    XLA casts the weights of all layers before a scan over them, and keeps them, in half the bytes, to its end; barriers
+    do not stop it.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    cast = [i for i, leaf in enumerate(leaves) if leaf.dtype == jnp.float32 and leaf.ndim > 1]
+    if dtype == jnp.float32 or not cast:
+        return state
+    weight = jax.lax.stop_gradient(min(leaves, key=jnp.size))
+    one, _ = jax.lax.optimization_barrier((jnp.ones((), jnp.float32), weight))
+    for i in cast:
+        leaves[i] = leaves[i] * one
     return structure.unflatten(leaves)
 
 

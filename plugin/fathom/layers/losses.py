@@ -6,7 +6,8 @@ simply add up. Targets are made here: the target of position s is the token afte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,32 +61,67 @@ def count_targets(batch: Mapping[str, jax.Array]) -> LossCounts:
     return LossCounts(*(jnp.maximum(x.sum(), 1.0) for x in (next_mask, mtp_mask, valid)))
 
 
-def head_cross_entropy(
-    hidden_BSD: jax.Array, kernel_DV: jax.Array, targets_BS: jax.Array, weights_BS: jax.Array
-) -> jax.Array:
-    """`linear_cross_entropy` under the current sharding rules.
+class HeadTargets(NamedTuple):
+    """What a head predicts: hidden [B, S, D], targets int32 [B, S], weights float32 [B, S], 0 to leave a token out."""
 
-    Each device sums the head's gradient over its own tokens, and the devices add theirs up once, after the last
-    chunk, in float32.
+    hidden_BSD: jax.Array
+    targets_BS: jax.Array
+    weights_BS: jax.Array
+
+
+def head_cross_entropy(head_DV: jax.Array, parts: Sequence[HeadTargets]) -> list[jax.Array]:
+    """`linear_cross_entropy` of each of the parts under the current sharding rules: float32 scalars.
+
+    The head is gathered once for all parts, in the compute dtype. Each device sums its gradient over its own tokens,
+    and the devices add theirs up once, after the last chunk, in float32; nothing before the head is differentiated
+    until then, so that no gradient of the size of the whole head stays.
     """
-    kernel_DV = kernel_DV.astype(jnp.float32)
     if active_rules() is None or jax.sharding.get_abstract_mesh().empty:
-        return linear_cross_entropy(hidden_BSD, kernel_DV, targets_BS, weights_BS)
+        kernel = head_DV.astype(parts[0].hidden_BSD.dtype).astype(jnp.float32)
+        return [linear_cross_entropy(part.hidden_BSD, kernel, *part[1:]) for part in parts]
     batch, sequence, vocab = (split_axes(name) for name in ("act_batch", "act_sequence", "act_vocab"))
+    token_axes = (*batch, *sequence)
+    rows = tuple(axis for axis in split_axes("embed") if axis in token_axes)
     tokens = PartitionSpec(batch or None, sequence or None)
 
-    def of_shard(hidden, kernel, targets, weights):
+    def of_shard(head, parts):
         # The transposes of these casts are the sums over devices.
-        kernel = vary(kernel, (*batch, *sequence))
-        hidden = vary(hidden, vocab)
-        total = linear_cross_entropy(hidden, kernel, targets, weights, vocab_axes=vocab)
-        return jax.lax.psum(total, (*batch, *sequence)) if batch or sequence else total
+        head = vary(head, tuple(axis for axis in token_axes if axis not in rows))
+        hidden = tuple(vary(part.hidden_BSD, vocab) for part in parts)
+        kernel, hidden = _gather_head(rows, head, hidden)
+        totals = [
+            linear_cross_entropy(h, kernel, *part[1:], vocab_axes=vocab) for h, part in zip(hidden, parts, strict=True)
+        ]
+        return [jax.lax.psum(total, token_axes) if token_axes else total for total in totals]
 
     return jax.shard_map(
         of_shard,
-        in_specs=(tokens, PartitionSpec(None, vocab or None), tokens, tokens),
+        in_specs=(PartitionSpec(rows or None, vocab or None), tokens),
         out_specs=PartitionSpec(),
-    )(hidden_BSD, kernel_DV, targets_BS, weights_BS)
+    )(head_DV, tuple(parts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_head(rows: tuple[str, ...], head: jax.Array, hidden: tuple[jax.Array, ...]):
+    """(the whole kernel, float32 of what the compute dtype holds; hidden)."""
+    kernel = head.astype(hidden[0].dtype)
+    if rows:
+        kernel = jax.lax.all_gather(kernel, rows, axis=0, tiled=True)
+    return kernel.astype(jnp.float32), hidden
+
+
+def _gather_head_forward(rows, head, hidden):
+    return _gather_head(rows, head, hidden), head[:0]
+
+
+def _gather_head_backward(rows, like, gradients):
+    dkernel, dhidden = gradients
+    if rows:
+        dkernel = jax.lax.psum_scatter(dkernel, rows, scatter_dimension=0, tiled=True)
+    return jax.lax.optimization_barrier((dkernel.astype(like.dtype), dhidden))
+
+
+_gather_head.defvjp(_gather_head_forward, _gather_head_backward)
 
 
 def language_model_loss(
@@ -98,7 +134,7 @@ def language_model_loss(
     weights.indexer * the indexers' loss where the model gives one: KL per token, summed over layers.
 
     Args:
-      model: has `features(tokens, positions, segment_ids)` and `head.kernel(dtype)`.
+      model: has `features(tokens, positions, segment_ids)` and `head.weight` [D, V].
       batch: "tokens" [B, S]; optional "positions", "segment_ids" and "loss_mask" (1 where the target of the
         position counts).
       weights: factors of the parts. counts: denominators of the whole batch (`count_targets`).
@@ -108,17 +144,18 @@ def language_model_loss(
       unweighted), "expert_load" (block path -> token counts).
     """
     features = model.features(batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
-    kernel = model.head.kernel(features.hidden.dtype)
     next_mask, mtp_mask = target_masks(batch)
     targets = features.documents.roll_left(batch["tokens"])
-    main = head_cross_entropy(features.hidden, kernel, targets, next_mask) / counts.tokens
+    parts = [HeadTargets(features.hidden, targets, next_mask)]
+    if features.mtp_hidden:
+        parts.append(HeadTargets(features.mtp_hidden[0], features.documents.roll_left(targets), mtp_mask))
+    main, *mtp = head_cross_entropy(model.head.weight[...], parts)
+    main = main / counts.tokens
     balance = features.aux["balance"] / counts.valid_tokens
     aux = {"loss/main": main, "loss/balance": balance}
     total = main + weights.balance * balance
-    if features.mtp_hidden:
-        after = features.documents.roll_left(targets)
-        mtp = head_cross_entropy(features.mtp_hidden[0], kernel, after, mtp_mask)
-        aux["loss/mtp"] = mtp / counts.mtp_tokens
+    if mtp:
+        aux["loss/mtp"] = mtp[0] / counts.mtp_tokens
         total = total + weights.mtp * aux["loss/mtp"]
     if "indexer" in features.aux:
         aux["loss/indexer"] = features.aux["indexer"] / counts.valid_tokens

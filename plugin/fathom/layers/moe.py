@@ -14,6 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from fathom.layers.expert_rows import (
+    ExpertOptions,
+    block_rows,
+    pull_experts_in_blocks,
+    sum_experts,
+    sum_experts_in_blocks,
+    swiglu,
+)
 from fathom.layers.linear import Linear
 from fathom.layers.param import normal, param
 from fathom.layers.router import (
@@ -23,22 +31,14 @@ from fathom.layers.router import (
     sequence_balance_loss,
 )
 from fathom.mesh import active_rules, check_divisible, constrain, split_axes, vary
-from fathom.ops.grouped_matmul import grouped_matmul
 from fathom.ops.token_chunks import chunk_length, in_token_chunks
 
 _IN_AXES = ("expert", "expert_embed", "expert_mlp")
 _OUT_AXES = ("expert", "expert_mlp", "expert_embed")
 ROWS_BYTES = 1 << 30
-"""What the tokens of a chunk may take once each stands before each of its experts. A device that exchanges tokens with
-15 others holds, of V4-Flash in bfloat16, 0.75 MiB for each of its own."""
-
-
-def swiglu(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
-    """silu(min(gate, L)) * clip(up, -L, L); a limit of 0 or None clamps nothing."""
-    if limit:
-        gate = jnp.minimum(gate, limit)
-        up = jnp.clip(up, -limit, limit)
-    return jax.nn.silu(gate) * up
+"""What the tokens of a chunk may take, with their sums and as many rows as one device's experts expect. A device that
+exchanges V4-Flash's tokens with 15 others in bfloat16 holds 0.7 MiB for each of its own; one that holds all experts
+48 KiB."""
 
 
 class SharedExpert(nnx.Module):
@@ -79,8 +79,8 @@ class Experts(nnx.Module):
 
     Under a `sharding_scope` the computation is one `jax.shard_map` over the whole mesh. Along mesh
     axes that split both the tokens and the experts the tokens are gathered, each shard computes its
-    own experts for all of them, and the sums are scattered back: exact, with static shapes, and a
-    chunk of tokens at a time (`ROWS_BYTES`). Weights enter whole in D.
+    own experts for all of them (`layers/expert_rows.py`), and the sums are scattered back: exact,
+    with static shapes, and a chunk of tokens at a time (`ROWS_BYTES`). Weights enter whole in D.
 
     Attributes:
       w1 (gate), w3 (up): [E, D, F]. w2 (down): [E, F, D].
@@ -120,9 +120,7 @@ class Experts(nnx.Module):
         Returns:
           float32 [B, S, D].
         """
-        compute = functools.partial(
-            _expert_shard, limit=self.limit, implementation=self.implementation
-        )
+        compute = functools.partial(_expert_shard, options=ExpertOptions(self.limit, self.implementation))
         w1, w3, w2 = (
             # Constrained after the cast: what is gathered over fsdp is in the compute dtype.
             constrain(weight[...].astype(x_BSD.dtype), axes)
@@ -152,6 +150,11 @@ class _Exchange(NamedTuple):
     width: tuple[str, ...] = ()  # split each expert's hidden dimension
 
     @property
+    def all(self) -> tuple[str, ...]:
+        """Every axis, each once."""
+        return (*self.experts, *self.width, *self.unsplit_weights)
+
+    @property
     def gathered(self) -> tuple[str, ...]:
         """Axes along which shards hold different tokens and different weights."""
         return tuple(axis for axis in (*self.experts, *self.width) if axis in self.tokens)
@@ -178,126 +181,74 @@ def _expert_shard(
     w3_EDF: jax.Array,
     w2_EFD: jax.Array,
     *,
-    limit: float | None,
-    implementation: str,
+    options: ExpertOptions,
     exchange: _Exchange = _NO_EXCHANGE,
 ) -> jax.Array:
     """One shard's experts, for its tokens and for those of the shards it exchanges tokens with."""
-
-    # Everything is typed as varying over all axes in play. The transposes of these casts sum the gradients of what is
-    # replicated: a token's over `summed`, a weight's over the token axes.
-    def of_tokens(matrices, x_CD, weights_CK, indices_CK) -> jax.Array:
-        def gathered(array: jax.Array) -> jax.Array:
-            if exchange.gathered:
-                array = jax.lax.all_gather(array, exchange.gathered, axis=0, tiled=True)
-            return vary(array, exchange.summed)
-
-        held = matrices[0].shape[0]
-        first = jax.lax.axis_index(exchange.experts) * held if exchange.experts else 0
-        x, weights, indices = gathered(x_CD), gathered(weights_CK), gathered(indices_CK)
-        indices = jnp.where(indices < 0, held, indices - first)  # below 0: tokens that fill a chunk up
-        y = local_experts(x, indices, weights, *matrices, limit=limit, implementation=implementation)
-        if exchange.gathered:
-            y = jax.lax.psum_scatter(y, exchange.gathered, scatter_dimension=0, tiled=True)
-        return jax.lax.psum(y, exchange.summed) if exchange.summed else y
-
     x_TD, weights_TK, indices_TK = (x.reshape(-1, x.shape[-1]) for x in (x_BSD, weights_BSK, indices_BSK))
-    shards = jax.lax.axis_size(exchange.gathered) if exchange.gathered else 1
-    most = ROWS_BYTES // (shards * indices_TK.shape[1] * x_TD.shape[1] * x_TD.dtype.itemsize)
+    shards = jax.lax.axis_size(exchange.experts) if exchange.experts else 1
+    chunk = _tokens_of_a_chunk(x_TD, indices_TK.shape[1], exchange, shards)
+    options = options._replace(shards=shards, varying=exchange.all)
     y_TD = in_token_chunks(
-        of_tokens,
-        chunk_length(x_TD.shape[0], most),
+        functools.partial(_exchanged_experts, exchange, options),
+        chunk,
+        # Everything is typed as varying over all axes in play. The transposes of these casts sum the gradients of what
+        # is replicated: a token's over `summed`, a weight's over the token axes.
         tuple(vary(w, exchange.unsplit_weights) for w in (w1_EDF, w3_EDF, w2_EFD)),
         (x_TD, weights_TK),
         (indices_TK,),
-        varying=(*exchange.experts, *exchange.width, *exchange.unsplit_weights),
+        varying=exchange.all,
+        pull=functools.partial(_pull_exchanged_experts, exchange, options) if exchange.experts else None,
     )
     return y_TD.reshape(x_BSD.shape)
 
 
-def local_experts(
-    x_TD: jax.Array,
-    indices_TK: jax.Array,
-    weights_TK: jax.Array,
-    w1_EDF: jax.Array,
-    w3_EDF: jax.Array,
-    w2_EFD: jax.Array,
-    *,
-    limit: float | None,
-    implementation: str = "auto",
-) -> jax.Array:
-    """The weighted sum over each token's experts that are among the E given ones.
-
-    Args:
-      indices_TK: int32; ids outside [0, E) belong to experts held elsewhere and contribute nothing.
-
-    Returns:
-      float32 [T, D].
-    """
-    num_experts, top_k = w1_EDF.shape[0], indices_TK.shape[1]
-    expert_A = indices_TK.reshape(-1)
-    expert_A = jnp.where((expert_A >= 0) & (expert_A < num_experts), expert_A, num_experts)
-    sizes_E = jnp.sum(expert_A[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    order_A = jnp.argsort(expert_A, stable=True)
-    inverse_A = jnp.argsort(order_A)
-
-    rows_AD = _dispatch(x_TD, order_A, inverse_A, top_k)
-    weight_A = _permute(weights_TK.reshape(-1), order_A, inverse_A)
-    gate_AF = grouped_matmul(rows_AD, w1_EDF, sizes_E, implementation)
-    up_AF = grouped_matmul(rows_AD, w3_EDF, sizes_E, implementation)
-    # The routing weight goes in before w2, in float32, as in the released inference code; after w2
-    # low precision rounds differently.
-    hidden_AF = (swiglu(gate_AF, up_AF, limit) * weight_A[:, None]).astype(x_TD.dtype)
-    out_AD = grouped_matmul(hidden_AF, w2_EFD, sizes_E, implementation)
-    return _combine(out_AD, order_A, inverse_A, top_k)
+def _tokens_of_a_chunk(x_TD: jax.Array, top_k: int, exchange: _Exchange, shards: int) -> int:
+    """How many of its own tokens a shard exchanges at a time: `ROWS_BYTES`."""
+    gathered = jax.lax.axis_size(exchange.gathered) if exchange.gathered else 1
+    itemsize = x_TD.dtype.itemsize
+    row = block_rows(1024 * top_k, shards) / 1024 * itemsize
+    if exchange.experts:
+        row += itemsize + 8  # the token itself, and float32 sums: its output's, or its gradient's beside that of those
+    return chunk_length(x_TD.shape[0], int(ROWS_BYTES / (gathered * x_TD.shape[1] * row)))
 
 
-# Sorting assignments by expert is a permutation, so the gradient of a gather is the gather by the
-# inverse permutation. Autodiff would write a scatter-add: slow, and its sums depend on the order.
+def _gathered(exchange: _Exchange, array: jax.Array) -> jax.Array:
+    """The tokens of all shards that hold other experts."""
+    if exchange.gathered:
+        array = jax.lax.all_gather(array, exchange.gathered, axis=0, tiled=True)
+    return vary(array, exchange.summed)
 
 
-@jax.custom_vjp
-def _permute(values_A, order_A, inverse_A):
-    return values_A[order_A]
+def _own_ids(exchange: _Exchange, indices_CK: jax.Array, held: int) -> jax.Array:
+    """Expert ids of all shards' tokens, counted from the first that this one holds."""
+    first = jax.lax.axis_index(exchange.experts) * held if exchange.experts else 0
+    indices = _gathered(exchange, indices_CK)
+    return jnp.where(indices < 0, held, indices - first)  # below 0: tokens that fill a chunk up
 
 
-_permute.defvjp(
-    lambda values, order, inverse: (values[order], inverse),
-    lambda inverse, g: (g[inverse], None, None),
-)
+def _exchanged_experts(exchange, options, matrices, x_CD, weights_CK, indices_CK) -> jax.Array:
+    """[C, D]: a shard's tokens, each through its experts wherever they are held."""
+    x, weights = _gathered(exchange, x_CD), _gathered(exchange, weights_CK)
+    indices = _own_ids(exchange, indices_CK, matrices[0].shape[0])
+    if exchange.experts:
+        y = sum_experts_in_blocks(x, indices, weights, matrices, options)
+    else:
+        y = sum_experts(x, indices, weights, matrices, options)
+    if exchange.gathered:
+        y = jax.lax.psum_scatter(y, exchange.gathered, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(y, exchange.summed) if exchange.summed else y
 
 
-def _gather_rows(x_TD, order_A, top_k):
-    return x_TD[order_A // top_k]
-
-
-def _sum_rows(rows_AD, inverse_A, top_k):
-    rows_TKD = rows_AD[inverse_A].reshape(-1, top_k, rows_AD.shape[-1])
-    return jnp.sum(rows_TKD, axis=1, dtype=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(x_TD, order_A, inverse_A, top_k):
-    """Each assignment's token, sorted by expert: [T, D] -> [A, D]."""
-    return _gather_rows(x_TD, order_A, top_k)
-
-
-_dispatch.defvjp(
-    lambda x, order, inverse, top_k: (_gather_rows(x, order, top_k), inverse),
-    lambda top_k, inverse, g: (_sum_rows(g, inverse, top_k).astype(g.dtype), None, None),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(rows_AD, order_A, inverse_A, top_k):
-    """The sum of each token's rows, in float32: [A, D] -> [T, D]; the transpose of `_dispatch`."""
-    return _sum_rows(rows_AD, inverse_A, top_k)
-
-
-_combine.defvjp(
-    lambda rows, order, inverse, top_k: (_sum_rows(rows, inverse, top_k), order),
-    lambda top_k, order, g: (_gather_rows(g, order, top_k), None, None),
-)
+def _pull_exchanged_experts(exchange, options, total, matrices, x_CD, weights_CK, indices_CK, dy_CD):
+    """The gradients of `_exchanged_experts` where experts are split: those of the matrices are added to `total`."""
+    (x, weights), back = jax.vjp(
+        lambda *tokens: tuple(_gathered(exchange, array) for array in tokens), x_CD, weights_CK
+    )
+    indices = _own_ids(exchange, indices_CK, matrices[0].shape[0])
+    dy = _gathered(exchange, dy_CD)  # the transpose of the sum that is scattered
+    total, dx, dweights = pull_experts_in_blocks(total, x, indices, weights, matrices, dy, options)
+    return total, back((dx.astype(x.dtype), dweights.astype(weights.dtype)))
 
 
 class MoEStats(NamedTuple):

@@ -31,6 +31,7 @@ def in_token_chunks(
     floats: tuple[jax.Array, ...],
     integers: tuple[jax.Array, ...],
     varying: tuple[str, ...] = (),
+    pull: Callable[..., Any] | None = None,
 ) -> jax.Array:
     """`function(weights, *floats, *integers)` in chunks of tokens.
 
@@ -42,13 +43,17 @@ def in_token_chunks(
       floats, integers: arrays [T, ...], of which the former are differentiated. Tokens that fill the last chunk up
         are 0 and -1 in them.
       varying: the mesh axes over which a shard_map types the weights as different.
+      pull: the function's gradients where JAX is not to derive them: `pull(total, weights, *floats, *integers, dy)`
+        gives (float32 total plus the gradients of the weights, those of the floats).
     """
     tokens = floats[0].shape[0]
-    if tokens <= chunk:
+    if tokens <= chunk and pull is None:
         return function(weights, *floats, *integers)
+    chunk = min(chunk, tokens)
     floats = tuple(_cut(x, chunk, 0) for x in floats)
     integers = tuple(_cut(x, chunk, -1) for x in integers)
-    y = _chunked((function, varying), weights, floats, integers)
+    pull = pull or functools.partial(_derived_pull, function)
+    y = _chunked((function, pull, varying), weights, floats, integers)
     return y.reshape(-1, *y.shape[2:])[:tokens]
 
 
@@ -60,9 +65,18 @@ def _cut(x: jax.Array, chunk: int, filler: int) -> jax.Array:
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
+def _derived_pull(function, total, weights, *args):
+    *arrays, dy = args
+    count = len([x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)])
+    floats, integers = arrays[:count], arrays[count:]
+    _, pull = jax.vjp(lambda weights, *floats: function(weights, *floats, *integers), weights, *floats)
+    dweights, *dfloats = pull(dy)
+    return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), tuple(dfloats)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(static, weights, floats, integers):
-    function, _ = static
+    function, _, _ = static
     return jax.lax.map(lambda parts: function(weights, *parts[0], *parts[1]), (floats, integers))
 
 
@@ -71,18 +85,17 @@ def _chunked_forward(static, *args):
 
 
 def _chunked_backward(static, args, dy):
-    function, varying = static
+    _, pull, varying = static
     weights, floats, integers = args
 
     def step(total, xs):
         floats, integers, dy = xs
-        _, pull = jax.vjp(lambda weights, floats: function(weights, *floats, *integers), weights, floats)
-        dweights, dfloats = pull(dy)
-        return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), dfloats
+        return pull(total, weights, *floats, *integers, dy)
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    if varying:
-        zeros = jax.lax.pcast(zeros, varying, to="varying")
+    zero = jax.lax.pcast(jnp.float32(0), varying, to="varying") if varying else jnp.float32(0)
+    # Zeros that depend on what changes: XLA would make them before a loop around, and keep them beside their sums.
+    zero, _ = jax.lax.optimization_barrier((zero, dy.ravel()[0]))
+    zeros = jax.tree.map(lambda w: jnp.broadcast_to(zero, w.shape), weights)
     total, dfloats = jax.lax.scan(step, zeros, (floats, integers, dy))
     dweights = jax.tree.map(lambda t, w: t.astype(w.dtype), total, weights)
     return dweights, dfloats, tuple(np.zeros(x.shape, jax.dtypes.float0) for x in integers)

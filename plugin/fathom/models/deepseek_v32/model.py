@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fathom.layers.decoder import HIDDEN, Decoder, Features, Head, Statistics
+from fathom.layers.decoder import Decoder, Features, Head, Statistics
 from fathom.layers.documents import make_documents
+from fathom.layers.embedding import HIDDEN
 from fathom.layers.linear import Linear
 from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.norms import RMSNorm
