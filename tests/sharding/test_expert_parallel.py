@@ -172,25 +172,49 @@ def test_other_grouped_matmuls_agree(implementation):
     assert_same(got, without_mesh("learned"))
 
 
-def test_all_tokens_to_one_shard_loses_none():
-    """Dropless at the worst imbalance: every token goes to the experts of the first shard."""
+@pytest.mark.parametrize("shape", [{"expert": 2, "data": 4}, {"expert": 8}, {"expert": 4, "tensor": 2}], ids=str)
+def test_all_tokens_to_one_shard_loses_none(shape):
+    """Dropless at the worst imbalance: every token goes to the first experts, whose device takes several blocks of
+    rows, while devices that hold others take none; outputs and every gradient."""
     x, tokens, _ = inputs()
     model = build("learned")
     model.router.bias[...] = jnp.where(jnp.arange(EXPERTS) < TOP_K, 100.0, 0.0)
-    graph, state = nnx.split(model)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def run(state, x, tokens):
-        y, stats = nnx.merge(graph, state)(x, tokens)
-        return y, stats.load
+    def run(params, x, rest, tokens):
+        y, stats = nnx.merge(graph, params, rest)(x, tokens)
+        return jnp.sum(jnp.sin(y)), (y, stats.load)
 
-    want, load = jax.jit(run)(state, x, tokens)
+    gradients = jax.value_and_grad(run, (0, 1), has_aux=True)
+    want = jax.device_get(jax.jit(gradients)(params, x, rest, tokens))
     count = BATCH * LENGTH
-    np.testing.assert_array_equal(load, [count] * TOP_K + [0] * (EXPERTS - TOP_K))
-    mesh = make_mesh({"expert": 2, "data": 4})
+    np.testing.assert_array_equal(want[0][1][1], [count] * TOP_K + [0] * (EXPERTS - TOP_K))
+    mesh = make_mesh(shape)
     with sharding_scope(mesh, RULES):
-        state = jax.device_put(state, state_shardings(state, mesh, RULES))
-        got, _ = jax.jit(lambda *a: run(*a))(state, x, tokens)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        params, rest = (jax.device_put(tree, state_shardings(tree, mesh, RULES)) for tree in (params, rest))
+        got = jax.device_get(jax.jit(lambda *a: gradients(*a))(params, x, rest, tokens))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_device_holds_rows_by_its_share_of_the_experts():
+    """Temporaries of forward and backward as experts spread over eight devices: a device's tokens stay as many, and
+    without blocks of rows it would hold those of all the others, each K times."""
+    params, rest, f = value_and_grad("learned")
+
+    def temporaries(shape):
+        mesh = make_mesh(shape)
+        with sharding_scope(mesh, RULES):
+            arrays = [
+                jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+                for tree, shardings in ((t, state_shardings(t, mesh, RULES)) for t in (params, rest))
+            ]
+            x = jax.ShapeDtypeStruct((BATCH, 64 * LENGTH, HIDDEN), jnp.float32)
+            tokens = jax.ShapeDtypeStruct(x.shape[:2], jnp.int32, sharding=batch_sharding(mesh, RULES))
+            program = jax.jit(lambda *a: f(*a)).lower(arrays[0], x, arrays[1], tokens, tokens)
+            return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries({"expert": 8}) < 3 * temporaries({"fsdp": 8})
 
 
 def test_selection_and_experts_gather_no_batch():
