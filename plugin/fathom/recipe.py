@@ -164,12 +164,14 @@ class DataBlock(Block):
 
 
 class OptimizerBlock(Block):
-    """AdamW: warmup, a constant stretch, then `decay_steps` down to `final_ratio` of the peak.
+    """AdamW, or Muon for matrices and AdamW for the rest: warmup, a constant stretch, then `decay_steps` down to
+    `final_ratio` of the peak.
 
-    `momentum_dtype` is the storage of first moments; second moments are float32.
+    `momentum_dtype` is the storage of first moments; second moments are float32. `muon_dtype` is that of Muon's
+    products, `muon_rms` the root mean square of its updates at a learning rate of 1. b1, b2 and eps are AdamW's.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int = Field(0, ge=0)
@@ -179,6 +181,9 @@ class OptimizerBlock(Block):
     b2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-20, gt=0)
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_rms: float = Field(0.18, gt=0)
+    muon_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float | None = Field(1.0, gt=0)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fathom.layers.param import constant, normal, param
+from fathom.layers.param import Matrix, constant, normal, param
 
 GATE_INIT = 0.01
 """Initial gating factor: mixing starts nearly static and learns to depend on the token."""
@@ -199,6 +199,7 @@ class HyperConnection(nnx.Module):
             normal(stddev),
             axes=(None, None, "embed"),
             dtype="float32",
+            matrix=Matrix(inputs=(-2, -1), outputs=(-3,), parts=(n, n, n * n)),
         )
         self.base = param(
             rngs.params(), (size,), _base_init(n), axes=(None,), dtype="float32"
@@ -262,6 +263,7 @@ class HyperHead(nnx.Module):
             normal(stddev),
             axes=(None, None, "embed"),
             dtype="float32",
+            matrix=Matrix(inputs=(-2, -1), outputs=(-3,)),
         )
         start = constant(_even_share_logit(n))
         self.base = param(rngs.params(), (n,), start, axes=(None,), dtype="float32")

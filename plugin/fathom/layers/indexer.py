@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fathom.layers.linear import Linear
 from fathom.layers.options import ComputeOptions
+from fathom.layers.param import HEADS_OUT
 from fathom.layers.shards import START, Place
 from fathom.ops.chunks import map_chunks
 from fathom.ops.indexer import indexer_topk
@@ -126,7 +127,9 @@ class BaseIndexer(nnx.Module):
         self.weight_scale = head_dim**-0.5 * num_heads**-0.5
         dtype = options.param_dtype
         axes = ("q_lora_in", "index_heads", None)
-        self.wq_b = Linear(rngs, (q_lora_rank, num_heads, head_dim), axes, stddev=stddev, dtype=dtype)
+        self.wq_b = Linear(
+            rngs, (q_lora_rank, num_heads, head_dim), axes, stddev=stddev, dtype=dtype, matrix=HEADS_OUT
+        )
         self.weights_proj = Linear(
             rngs, (hidden_size, num_heads), ("embed", "index_heads"), stddev=stddev, dtype=weights_dtype or dtype
         )

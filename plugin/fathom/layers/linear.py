@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fathom.layers.param import normal, param
+from fathom.layers.param import MATRIX, Matrix, normal, param
 from fathom.ops.precision import precision_of
 
 
@@ -24,7 +24,8 @@ class Linear(nnx.Module):
     """A bias-free linear map whose kernel may have more than two dimensions.
 
     Attributes:
-      weight: kernel [in..., out...], e.g. [R, N, H] for a query up-projection into N heads.
+      weight: kernel [in..., out...], e.g. [R, N, H] for a query up-projection into N heads; `matrix` says which
+        dimensions are which.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Linear(nnx.Module):
         *,
         stddev: float,
         dtype: str = "float32",
+        matrix: Matrix = MATRIX,
     ):
-        self.weight = param(rngs.params(), shape, normal(stddev), axes=axes, dtype=dtype)
+        self.weight = param(rngs.params(), shape, normal(stddev), axes=axes, dtype=dtype, matrix=matrix)
 
     def contract(
         self, equation: str, x: jax.Array, out_dtype: jnp.dtype | None = None

@@ -23,7 +23,7 @@ from fathom.layers.expert_rows import (
     swiglu,
 )
 from fathom.layers.linear import Linear
-from fathom.layers.param import normal, param
+from fathom.layers.param import MATRIX, normal, param
 from fathom.layers.router import (
     HashRouter,
     LearnedRouter,
@@ -103,7 +103,7 @@ class Experts(nnx.Module):
         outer = (num_experts, intermediate_size, hidden_size)
 
         def weight(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Variable:
-            return param(rngs.params(), shape, normal(init_std), axes=axes, dtype=param_dtype)
+            return param(rngs.params(), shape, normal(init_std), axes=axes, dtype=param_dtype, matrix=MATRIX)
 
         self.w1, self.w3 = weight(inner, _IN_AXES), weight(inner, _IN_AXES)
         self.w2 = weight(outer, _OUT_AXES)

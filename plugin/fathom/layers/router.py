@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from fathom.layers.param import HashTable, RouterBias, constant, normal, param
+from fathom.layers.param import MATRIX, HashTable, RouterBias, constant, normal, param
 from fathom.mesh import constrain, split_axes
 
 
@@ -214,6 +214,7 @@ def _router_weight(rngs, hidden_size, num_experts, init_std, param_dtype) -> nnx
         normal(init_std),
         axes=("embed", "router_experts"),
         dtype=param_dtype,
+        matrix=MATRIX,
     )
 
 

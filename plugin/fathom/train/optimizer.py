@@ -1,4 +1,4 @@
-"""AdamW with a warmup-stable-decay schedule, over the parameters that train in this stage.
+"""AdamW, or Muon and AdamW, with a warmup-stable-decay schedule, over the parameters that train in this stage.
 
 Frozen parameters never reach the optimizer: the step splits them off by path, so they have no
 gradient, no moments, no decay and no update. Gradients and moments are float32 whatever the
@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from fathom.mesh import variable_axes
+from fathom.train.muon import matrices_of, scale_by_hybrid_muon
 from fathom.train.state import path_names
 from fathom.zoo import ModelSpec
 
@@ -83,10 +84,22 @@ def decay_mask(trainable: nnx.State) -> nnx.State:
     return nnx.as_pure(mask)
 
 
+def optimizer_kinds(trainable: nnx.State) -> nnx.State:
+    """"muon" for the weights that declare themselves matrices, "adamw" for the others."""
+    declared = matrices_of(trainable)
+
+    def kind(path, _):
+        return "muon" if path_names(path) in declared else "adamw"
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return nnx.as_pure(jax.tree_util.tree_map_with_path(kind, trainable, is_leaf=is_variable))
+
+
 def make_optimizer(
     spec: ModelSpec, params: nnx.State, block: Any, steps: int, stage: str
 ) -> optax.GradientTransformation:
-    """Clipping by global norm and AdamW over pure states of the trainable parameters.
+    """Clipping by global norm, then AdamW, or Muon for matrices and AdamW for the rest, over pure states of the
+    trainable parameters.
 
     Args:
       params: (abstract) nnx.State of all Params; only used to decide which weights decay.
@@ -96,14 +109,23 @@ def make_optimizer(
       ValueError: for an unknown optimizer name, a schedule that does not fit, or nothing left to
         train.
     """
-    if block.name != "adamw":
-        raise ValueError(f"optimizer.name: found {block.name!r}, expected 'adamw'")
+    if block.name not in ("adamw", "muon"):
+        raise ValueError(f"optimizer.name: found {block.name!r}, expected 'adamw' or 'muon'")
     trainable, _ = split_frozen(spec, params, stage)
     if not jax.tree.leaves(trainable):
         raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
+    scale = optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype)
+    if block.name == "muon":
+        kinds = optimizer_kinds(trainable)
+        if "muon" not in jax.tree.leaves(kinds):
+            raise ValueError(
+                f"optimizer.name is 'muon', but of what {spec.name!r} trains in stage {stage!r} no weight declares "
+                "itself a matrix (fathom.layers.param.Matrix); use 'adamw'"
+            )
+        scale = optax.partition({"muon": scale_by_hybrid_muon(trainable, block), "adamw": scale}, kinds)
     return optax.chain(
         _clip(spec, trainable, block.clip_norm),
-        optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype),
+        scale,
         optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable)),
         optax.scale_by_learning_rate(make_schedule(block, steps)),
     )

@@ -18,7 +18,7 @@ from fathom.layers.indexer import Asked, BaseIndexer, TeacherParts
 from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm
 from fathom.layers.options import ComputeOptions
-from fathom.layers.param import constant, param
+from fathom.layers.param import HEADS_IN, HEADS_OUT, MATRIX, Matrix, constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
 from fathom.layers.shards import QUERIES, START, Place, Shard, mirror_queries, per_device
 from fathom.models.deepseek_v32.config import DeepseekV32Config
@@ -195,18 +195,22 @@ class Attention(nnx.Module):
         c, heads = config, config.num_heads
         norm = dict(eps=LATENT_EPS, dtype=options.param_dtype)
 
-        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Linear:
-            return Linear(rngs, shape, axes, stddev=c.initializer_range, dtype=options.param_dtype)
+        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], matrix: Matrix) -> Linear:
+            return Linear(rngs, shape, axes, stddev=c.initializer_range, dtype=options.param_dtype, matrix=matrix)
 
-        self.wq_a = linear((c.hidden_size, c.q_lora_rank), ("embed", "q_lora"))
+        self.wq_a = linear((c.hidden_size, c.q_lora_rank), ("embed", "q_lora"), MATRIX)
         self.q_norm = RMSNorm(rngs, c.q_lora_rank, **norm)
         width = c.nope_head_dim + c.rope_head_dim
-        self.wq_b = linear((c.q_lora_rank, heads, width), ("q_lora_in", "heads", None))
-        self.wkv_a = linear((c.hidden_size, c.kv_lora_rank + c.rope_head_dim), ("embed", "kv_lora"))
+        # Queries with and without position, latents and the rotary key, keys and values: matrices of their own.
+        matrix = HEADS_OUT._replace(parts=(c.nope_head_dim, c.rope_head_dim))
+        self.wq_b = linear((c.q_lora_rank, heads, width), ("q_lora_in", "heads", None), matrix)
+        parts = (c.kv_lora_rank, c.rope_head_dim)
+        self.wkv_a = linear((c.hidden_size, sum(parts)), ("embed", "kv_lora"), Matrix(parts=parts))
         self.kv_norm = RMSNorm(rngs, c.kv_lora_rank, **norm)
         width = c.nope_head_dim + c.value_head_dim
-        self.wkv_b = linear((c.kv_lora_rank, heads, width), ("kv_lora_in", "heads", None))
-        self.wo = linear((heads, c.value_head_dim, c.hidden_size), ("heads", None, "embed"))
+        matrix = HEADS_OUT._replace(parts=(c.nope_head_dim, c.value_head_dim))
+        self.wkv_b = linear((c.kv_lora_rank, heads, width), ("kv_lora_in", "heads", None), matrix)
+        self.wo = linear((heads, c.value_head_dim, c.hidden_size), ("heads", None, "embed"), HEADS_IN)
         self.indexer = Indexer(rngs, config, options)
 
     def project(self, x_BSD: jax.Array, inputs: LayerInputs, place: Place = START) -> Projections:

@@ -18,7 +18,7 @@ from fathom.layers.indexer import NO_CHOICE, Asked, BaseIndexer, Choice, Teacher
 from fathom.layers.linear import Linear, contract
 from fathom.layers.norms import RMSNorm, rms_normalize
 from fathom.layers.options import ComputeOptions
-from fathom.layers.param import constant, param
+from fathom.layers.param import HEADS_IN, HEADS_OUT, constant, param
 from fathom.layers.rope import apply_rope, rope_frequencies, rope_tables, yarn_frequencies
 from fathom.layers.shards import (
     KEYS,
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         self.wq_a = Linear(rngs, (c.hidden_size, c.q_lora_rank), ("embed", "q_lora"), **common)
         self.q_norm = RMSNorm(rngs, c.q_lora_rank, eps=eps, dtype=options.param_dtype)
         self.wq_b = Linear(
-            rngs, (c.q_lora_rank, c.num_heads, c.head_dim), ("q_lora_in", "heads", None), **common
+            rngs, (c.q_lora_rank, c.num_heads, c.head_dim), ("q_lora_in", "heads", None), matrix=HEADS_OUT, **common
         )
         self.wkv = Linear(rngs, (c.hidden_size, c.head_dim), ("embed", "head_dim"), **common)
         self.kv_norm = RMSNorm(rngs, c.head_dim, eps=eps, dtype=options.param_dtype)
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
             rngs, (c.o_groups, group, c.o_lora_rank), ("o_groups", "o_group_in", None), **common
         )
         self.wo_b = Linear(
-            rngs, (c.o_groups, c.o_lora_rank, c.hidden_size), ("o_groups", None, "embed"), **common
+            rngs, (c.o_groups, c.o_lora_rank, c.hidden_size), ("o_groups", None, "embed"), matrix=HEADS_IN, **common
         )
         if kind != "sliding":
             self.compressor = Compressor(

@@ -23,7 +23,7 @@ from flax import nnx
 from fathom.layers.documents import Windows
 from fathom.layers.linear import Linear
 from fathom.layers.norms import RMSNorm
-from fathom.layers.param import constant, param
+from fathom.layers.param import Matrix, constant, param
 from fathom.layers.shards import START, Place, Shard
 from fathom.ops.chunks import sums_in_float32, to_chunks
 from fathom.ops.permute import gather_rows
@@ -191,8 +191,11 @@ class Compressor(nnx.Module):
         self.width, self.ratio, self.overlap = width, ratio, overlap
         size = 2 * width if overlap else width
         axes = ("embed", "compressed")
-        self.wkv = Linear(rngs, (hidden_size, size), axes, stddev=stddev, dtype=dtype)
-        self.wgate = Linear(rngs, (hidden_size, size), axes, stddev=stddev, dtype=dtype)
+        # The overlapping compressor's two sets of columns are two matrices.
+        matrix = Matrix(parts=(width, width) if overlap else ())
+        common = dict(stddev=stddev, dtype=dtype, matrix=matrix)
+        self.wkv = Linear(rngs, (hidden_size, size), axes, **common)
+        self.wgate = Linear(rngs, (hidden_size, size), axes, **common)
         self.ape = param(
             rngs.params(), (ratio, size), constant(0.0), axes=(None, None), dtype="float32"
         )

@@ -1,0 +1,157 @@
+"""Muon against a plain transcription in float64, for every weight of the tiny models, on one device and on meshes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from fathom import zoo
+from fathom.layers.options import ComputeOptions
+from fathom.mesh import make_mesh, sharding_scope, state_shardings
+from fathom.recipe import Recipe
+from fathom.train import optimizer
+from fathom.train.state import named_leaves, split_model
+from tests.models.small import FAST_COMPILE
+
+STEPS, RATE, MOMENTUM, RMS, DECAY = 3, 1e-2, 0.95, 0.18, 0.1
+MESHES = {
+    "one device": (None, "default"),
+    "fsdp 2 expert 2 tensor 2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "default"),
+    "fsdp 8": ({"fsdp": 8}, "default"),
+    "long": ({"fsdp": 2, "expert": 4}, "long"),
+}
+# How the weights of V4 and V3.2 are cut into the matrices that the published formulas name: last part of the path, and
+# the axes of one matrix (rows, columns) with the sizes of pieces along the columns. Written out here a second time.
+HEADS = {"wq_b", "wkv_b"}
+
+
+def hybrid_ns(x):
+    x = x / np.linalg.norm(x)
+    for step in range(10):
+        a, b, c = (3.4445, -4.7750, 2.0315) if step < 8 else (2.0, -1.5, 0.5)
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+def cut(name, shape, pieces):
+    """[(index of a matrix's elements in the flat weight, its shape)] for every matrix in a weight of float64s."""
+    last = name.removesuffix("/weight").split("/")[-1]
+    lead = 1 if "repeated" in name else 0
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    if last == "fn":  # [outputs, streams, D]: rows are inputs
+        ids = np.moveaxis(ids, lead, -1).reshape(*shape[:lead], -1, shape[lead])
+    elif last in HEADS:
+        ids = ids.reshape(*shape[: lead + 1], -1) if not pieces else ids
+    elif last in ("wo", "wo_b"):
+        ids = ids.reshape(*shape[:lead], -1, shape[-1])
+    found = []
+    edges = np.cumsum([0, *(pieces or (ids.shape[-1],))])
+    for start, end in zip(edges, edges[1:], strict=False):
+        part = ids[..., start:end]
+        if last in HEADS and pieces:
+            part = part.reshape(*part.shape[: lead + 1], -1)
+        found += list(part.reshape(-1, *part.shape[-2:]))
+    return found
+
+
+def pieces_of(name, config, shape):
+    """Sizes of matrices that one weight holds side by side."""
+    if name.endswith("fn") and "hc_head" not in name:
+        n = config.hc_mult
+        return (n, n, n * n)
+    if "compressor" in name and name.split("/")[-2] in ("wkv", "wgate"):
+        width = config.index_head_dim if "indexer" in name else config.head_dim
+        return (width, width) if shape[-1] == 2 * width else ()
+    if hasattr(config, "kv_lora_rank") and "indexer" not in name:
+        kind = name.split("/")[-2] if name.endswith("weight") else ""
+        return {
+            "wq_b": (config.nope_head_dim, config.rope_head_dim),
+            "wkv_a": (config.kv_lora_rank, config.rope_head_dim),
+            "wkv_b": (config.nope_head_dim, config.value_head_dim),
+        }.get(kind, ())
+    return ()
+
+
+@functools.cache
+def setting(model, dtype):
+    """(spec, abstract params, optimizer, its kinds)."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "muon", "model": {"name": model}, "data": {"path": ".", "sequence_length": 16, "batch_size": 8},
+            "optimizer": {"name": "muon", "learning_rate": RATE, "muon_dtype": dtype, "clip_norm": None},
+            "train": {"steps": 10},
+        }
+    )  # fmt: skip
+    spec = zoo.get(model)
+    params = split_model(spec, ComputeOptions(dtype="float32")).params
+    tx = optimizer.make_optimizer(spec, params, recipe.optimizer, 10, "sparse")
+    trainable, _ = optimizer.split_frozen(spec, params, "sparse")
+    return spec, params, tx, optimizer.optimizer_kinds(trainable)
+
+
+@functools.cache
+def arrays(model, seed):
+    """A random number for every element of every weight; `seed` 0 is the weights, then come gradients."""
+    rng = np.random.default_rng([seed, 5])
+    _, params, _, _ = setting(model, "float32")
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32) * 0.02, params)
+
+
+def run(model, mesh_name, dtype="float32"):
+    """Updates of STEPS steps, by weight, with the weights unchanged."""
+    spec, _, tx, _ = setting(model, dtype)
+    shape, preset = MESHES[mesh_name]
+    trees = [arrays(model, seed) for seed in range(STEPS + 1)]
+    mesh, rules = (make_mesh(shape), spec.preset(preset)) if shape else (None, None)
+    kept = []
+    with sharding_scope(mesh, rules) if shape else contextlib.nullcontext():
+        if shape:
+            trees = [jax.device_put(tree, state_shardings(tree, mesh, rules)) for tree in trees]
+        params, *gradients = map(nnx.as_pure, trees)
+        state = jax.jit(tx.init)(params)
+        step = jax.jit(lambda *args: tx.update(*args), compiler_options=FAST_COMPILE)
+        for gradient in gradients:
+            updates, state = step(gradient, state, params)
+            kept.append(named_leaves(jax.device_get(updates)))
+    return kept
+
+
+@functools.cache
+def wanted(model):
+    """The updates of the matrices in float64."""
+    spec, _, _, kinds = setting(model, "float32")
+    weights, *gradients = (named_leaves(nnx.as_pure(arrays(model, seed))) for seed in range(STEPS + 1))
+    result = [{} for _ in range(STEPS)]
+    for name, kind in named_leaves(kinds).items():
+        if kind != "muon":
+            continue
+        shape = weights[name].shape
+        matrices = cut(name, shape, pieces_of(name, spec.config, shape))
+        assert sorted(np.concatenate([ids.ravel() for ids in matrices])) == list(range(weights[name].size)), name
+        momentum = np.zeros(weights[name].size)
+        for step, gradient in enumerate(gradients):
+            flat = gradient[name].ravel().astype(np.float64)
+            momentum = MOMENTUM * momentum + flat
+            nesterov, update = MOMENTUM * momentum + flat, np.zeros_like(momentum)
+            for ids in matrices:
+                o = hybrid_ns(nesterov[ids]) * np.sqrt(max(ids.shape)) * RMS
+                update[ids] = -RATE * (o + DECAY * weights[name].ravel()[ids])
+            result[step][name] = update.reshape(shape)
+    return result
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("model", ["deepseek-v4-tiny", "deepseek-v3.2-tiny"])
+def test_every_matrix_as_published(model, mesh_name):
+    got = run(model, mesh_name)
+    for step, want in enumerate(wanted(model)):
+        assert len(want) > 15
+        for name, update in want.items():
+            error = np.linalg.norm(got[step][name] - update) / np.linalg.norm(update)
+            assert error < 1e-5, f"{name} {update.shape} step {step}: {error}"
