@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fathom.layers.balance_loss import sequence_balance_loss
 from fathom.layers.expert_rows import swiglu
 from fathom.layers.moe import Experts, MoE, SharedExpert
 from fathom.layers.param import HashTable, RouterBias
@@ -15,7 +16,6 @@ from fathom.layers.router import (
     Routing,
     balanced_hash_table,
     expert_load,
-    sequence_balance_loss,
     sqrt_softplus,
 )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from fathom.layers.balance_loss import sequence_balance_loss
 from fathom.layers.expert_rows import (
     ExpertOptions,
     block_rows,
@@ -28,7 +29,6 @@ from fathom.layers.router import (
     HashRouter,
     LearnedRouter,
     expert_load,
-    sequence_balance_loss,
 )
 from fathom.mesh import active_rules, check_divisible, constrain, split_axes, vary
 from fathom.ops.token_chunks import chunk_length, in_token_chunks

@@ -240,7 +240,7 @@ def balanced_hash_table(key: jax.Array, vocab_size: int, top_k: int, num_experts
     return experts_RE[run[:, None], slot_VK].astype(jnp.int32)
 
 
-def _chosen_BSE(indices_BSK: jax.Array, num_experts: int) -> jax.Array:
+def chosen_experts(indices_BSK: jax.Array, num_experts: int) -> jax.Array:
     """float32 1 where the token goes to the expert."""
     experts = jnp.arange(num_experts, dtype=indices_BSK.dtype)
     return jnp.sum(indices_BSK[..., None] == experts, axis=-2, dtype=jnp.float32)
@@ -252,55 +252,7 @@ def expert_load(indices_BSK: jax.Array, mask_BS: jax.Array | None, num_experts: 
     Args:
       mask_BS: True or 1 where the token counts; None counts all of them.
     """
-    chosen = _chosen_BSE(indices_BSK, num_experts)
+    chosen = chosen_experts(indices_BSK, num_experts)
     if mask_BS is not None:
         chosen = chosen * mask_BS.astype(jnp.float32)[..., None]
     return jnp.sum(chosen, axis=(0, 1))
-
-
-def sequence_balance_loss(routing: Routing, segment_ids_BS: jax.Array | None) -> jax.Array:
-    """Sequence-wise balance loss of DeepSeek-V3, per document, summed over valid tokens.
-
-    With s' = scores / sum(scores), f_i = E / (K T) * (tokens of the document that chose i) and P_i
-    the mean of s'_i over the document's T tokens, a document contributes T * sum_i f_i P_i. Divide
-    the sum by the number of valid tokens for the token-weighted mean. No gradient flows through f.
-
-    Args:
-      segment_ids_BS: a document is a run of equal non-zero ids; 0 is padding, which takes part in
-        nothing. None makes each row one document.
-
-    Returns:
-      float32 scalar.
-    """
-    scores = routing.scores_BSE
-    _, length, num_experts = scores.shape
-    top_k = routing.indices_BSK.shape[-1]
-    share = scores / jnp.sum(scores, axis=-1, keepdims=True)
-    # Counts need whole rows; over a split sequence ids are cheaper to gather than counts.
-    indices = constrain(routing.indices_BSK, ("act_batch", None, None))
-    chosen = _chosen_BSE(indices, num_experts)
-    if segment_ids_BS is None:
-        fraction = jnp.sum(chosen, axis=1, keepdims=True) / length
-        fraction = jnp.broadcast_to(fraction, chosen.shape)
-    else:
-        fraction = _document_mean(chosen, constrain(segment_ids_BS, ("act_batch", None)))
-        share = jnp.where((segment_ids_BS > 0)[..., None], share, 0.0)
-    fraction = constrain(fraction, ("act_batch", "act_sequence", None))
-    return jnp.sum(share * jax.lax.stop_gradient(fraction)) * (num_experts / top_k)
-
-
-def _document_mean(values_BSE: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-    """At each token the mean of `values` over the token's document."""
-    batch, length = segment_ids_BS.shape
-    index = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    edge = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
-    outer = jnp.ones((batch, 1), bool)
-    starts = jnp.where(jnp.concatenate([outer, edge], axis=1), index, 0)
-    ends = jnp.where(jnp.concatenate([edge, outer], axis=1), index + 1, length)
-    start = jax.lax.cummax(starts, axis=1)
-    end = jax.lax.cummin(ends, axis=1, reverse=True)
-    before = jnp.pad(jnp.cumsum(values_BSE, axis=1), ((0, 0), (1, 0), (0, 0)))
-    total = jnp.take_along_axis(before, end[..., None], axis=1) - jnp.take_along_axis(
-        before, start[..., None], axis=1
-    )
-    return total / (end - start)[..., None].astype(jnp.float32)
