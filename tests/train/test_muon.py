@@ -6,15 +6,18 @@ import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from fathom import zoo
 from fathom.layers.options import ComputeOptions
+from fathom.layers.param import Matrix
 from fathom.mesh import make_mesh, sharding_scope, state_shardings
 from fathom.recipe import Recipe
 from fathom.train import optimizer
+from fathom.train.muon import orthogonal
 from fathom.train.state import named_leaves, split_model
 from tests.models.small import FAST_COMPILE
 
@@ -22,7 +25,6 @@ STEPS, RATE, MOMENTUM, RMS, DECAY = 3, 1e-2, 0.95, 0.18, 0.1
 MESHES = {
     "one device": (None, "default"),
     "fsdp 2 expert 2 tensor 2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "default"),
-    "fsdp 8": ({"fsdp": 8}, "default"),
     "long": ({"fsdp": 2, "expert": 4}, "long"),
 }
 # How the weights of V4 and V3.2 are cut into the matrices that the published formulas name: last part of the path, and
@@ -78,16 +80,20 @@ def pieces_of(name, config, shape):
     return ()
 
 
-@functools.cache
-def setting(model, dtype):
-    """(spec, abstract params, optimizer, its kinds)."""
-    recipe = Recipe.model_validate(
+def setting_recipe(model, dtype):
+    return Recipe.model_validate(
         {
             "name": "muon", "model": {"name": model}, "data": {"path": ".", "sequence_length": 16, "batch_size": 8},
             "optimizer": {"name": "muon", "learning_rate": RATE, "muon_dtype": dtype, "clip_norm": None},
             "train": {"steps": 10},
         }
     )  # fmt: skip
+
+
+@functools.cache
+def setting(model, dtype):
+    """(spec, abstract params, optimizer, its kinds)."""
+    recipe = setting_recipe(model, dtype)
     spec = zoo.get(model)
     params = split_model(spec, ComputeOptions(dtype="float32")).params
     tx = optimizer.make_optimizer(spec, params, recipe.optimizer, 10, "sparse")
@@ -146,8 +152,9 @@ def wanted(model):
     return result
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-@pytest.mark.parametrize("model", ["deepseek-v4-tiny", "deepseek-v3.2-tiny"])
+@pytest.mark.parametrize(
+    ("model", "mesh_name"), [*(("deepseek-v4-tiny", name) for name in MESHES), ("deepseek-v3.2-tiny", "long")]
+)
 def test_every_matrix_as_published(model, mesh_name):
     got = run(model, mesh_name)
     for step, want in enumerate(wanted(model)):
@@ -155,3 +162,61 @@ def test_every_matrix_as_published(model, mesh_name):
         for name, update in want.items():
             error = np.linalg.norm(got[step][name] - update) / np.linalg.norm(update)
             assert error < 1e-5, f"{name} {update.shape} step {step}: {error}"
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4-tiny", "deepseek-v3.2-tiny"])
+def test_which_weight_gets_which(model):
+    """AdamW: embedding, head, norms, biases and gates of mHC, positions within a window, sinks. Muon: all else."""
+    _, params, tx, kinds = setting(model, "float32")
+    ends = ("embed/weight", "head/weight", "norm/weight", "/base", "/scale", "/sink", "/ape", "/bias")
+    for name, kind in named_leaves(kinds).items():
+        assert kind == ("adamw" if name.endswith(ends) else "muon"), name
+        assert kind == "adamw" or params_shape(params, name) > 1
+    # What the rules of a router and not gradients change is no parameter, and has no state here.
+    state = named_leaves(jax.eval_shape(tx.init, nnx.as_pure(params)))
+    assert not [name for name in state if "tid2eid" in name or "router/bias" in name]
+
+
+def params_shape(params, name):
+    """Rank of a weight."""
+    return named_leaves(nnx.as_pure(params))[name].ndim
+
+
+def test_what_a_stage_freezes_has_no_state():
+    """The indexers' warm-up trains nothing else, Muon's matrices included."""
+    spec = zoo.get("deepseek-v4-tiny")
+    params = split_model(spec, ComputeOptions(dtype="float32")).params
+    tx = optimizer.make_optimizer(spec, params, block_of("float32"), 10, "indexer-warmup")
+    state = jax.eval_shape(lambda p: optimizer.init_optimizer(tx, spec, p, "indexer-warmup"), params)
+    weights = [name for name in named_leaves(state) if "attn" in name or "ffn" in name or "embed" in name]
+    assert weights and all("indexer" in name for name in weights)
+
+
+def block_of(dtype):
+    return setting_recipe("deepseek-v4-tiny", dtype).optimizer
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128), (16, 256)], ids=str)
+def test_singular_values(shape, dtype, error):
+    """Those of HybridNS in float64: 1 to 1.00054, and of a square matrix the least may be 1.3e-3 below 1."""
+    update = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+    scaled = jax.jit(lambda x: orthogonal(x, Matrix(), (None, None, None), RMS, jnp.dtype(dtype)))(update)
+    values = np.linalg.svd(np.asarray(scaled, np.float64), compute_uv=False) / (RMS * np.sqrt(max(shape)))
+    want = np.linalg.svd([hybrid_ns(x.astype(np.float64)) for x in update], compute_uv=False)
+    assert np.abs(want - 1).max() < 2e-3
+    np.testing.assert_allclose(values, want, rtol=error)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(scaled))), RMS, rtol=max(error, 2e-3))
+
+
+def test_a_model_of_no_matrices_is_refused():
+    from tests.train.toy_model import TOY
+
+    params = split_model(TOY, ComputeOptions(dtype="float32")).params
+    with pytest.raises(ValueError, match="'muon', but of what .* no weight declares itself a matrix.*'adamw'"):
+        optimizer.make_optimizer(TOY, params, block_of("float32"), 10, "sparse")
+
+
+def test_parts_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) holds parts of \(2, 3\) along dimension -1"):
+        orthogonal(jnp.ones((4, 6)), Matrix(parts=(2, 3)), (None, None), RMS, jnp.dtype("float32"))
