@@ -18,7 +18,7 @@ from fathom.layers.documents import Documents
 from fathom.layers.embedding import Embedding
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import normal, param
-from fathom.layers.remat import remat
+from fathom.layers.remat import remat, remat_unit
 from fathom.mesh import constrain
 from fathom.ops.precision import precision_of
 
@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
                 kept.append(x if keep else None)
             return x, (stats, kept)
 
-        return jax.lax.scan(step, x, state)
+        return jax.lax.scan(remat_unit(step, self.options.remat), x, state)
 
     @abc.abstractmethod
     def features(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "masked", "gathered")
-REMAT_POLICIES = ("none", "full", "dots", "attention")
+REMAT_POLICIES = ("none", "full", "unit", "dots", "attention")
 STAGES = ("dense", "indexer-warmup", "sparse")
 SELECTIONS = ("exact", "approx")
 MLA_FORMS = ("auto", "expanded", "absorbed")
@@ -28,7 +28,8 @@ class ComputeOptions:
       balance: where a sequence is cut over devices, each works on the first half of its own queries and the second of
         those of the device as far from the other end: later queries have more to score, and so all have as much.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
-        block's input only; "dots" saves the results of matrix products without batch dimensions;
+        block's input only; "unit" that of each unit of the repeated blocks (V4: one HCA and one CSA block), for half
+        of the saved inputs and one more forward of half of the blocks; "dots" saves the results of matrix products without batch dimensions;
         "attention" saves the attention outputs and the selected indices.
       simulate_quant: reproduce the FP8/FP4 rounding and the Hadamard rotation of the released inference code.
       stage: the attention stage of the training curriculum; "dense" and "indexer-warmup" let CSA layers see every

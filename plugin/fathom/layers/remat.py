@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_policies
 
 _POLICIES = {
     "full": checkpoint_policies.nothing_saveable,
+    "unit": checkpoint_policies.nothing_saveable,
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": checkpoint_policies.save_only_these_names("attention", "selected_entries"),
 }
@@ -19,8 +20,18 @@ def remat(function: Callable, policy: str) -> Callable:
 
     Args:
       policy: "none" saves everything; "full" saves only the inputs; "dots" saves matrix products without batch
-        dimensions; "attention" saves the attention outputs and the selected entries.
+        dimensions; "attention" saves the attention outputs and the selected entries; "unit" is "full", and `remat_unit`
+        does the rest.
     """
     if policy == "none":
         return function
     return jax.checkpoint(function, policy=_POLICIES[policy])
+
+
+def remat_unit(step: Callable, policy: str) -> Callable:
+    """The step of a scan over units of several blocks: with "unit" only what enters the unit is saved, and all of its
+    blocks but the last run once more in the backward."""
+    if policy != "unit":
+        return step
+    # Within a scan nothing can be shared with the forward: no barriers are needed.
+    return jax.checkpoint(step, policy=_POLICIES[policy], prevent_cse=False)
