@@ -29,8 +29,8 @@ class ComputeOptions:
         those of the device as far from the other end: later queries have more to score, and so all have as much.
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "unit" that of each unit of the repeated blocks (V4: one HCA and one CSA block), for half
-        of the saved inputs and one more forward of half of the blocks; "dots" saves the results of matrix products without batch dimensions;
-        "attention" saves the attention outputs and the selected indices.
+        of the saved inputs and one more forward of half of the blocks; "dots" saves the results of matrix products
+        without batch dimensions; "attention" saves the attention outputs and the selected indices.
       simulate_quant: reproduce the FP8/FP4 rounding and the Hadamard rotation of the released inference code.
       stage: the attention stage of the training curriculum; "dense" and "indexer-warmup" let CSA layers see every
         visible compressed entry, "sparse" only those the indexer selects. V3.2's entries are the tokens.
