@@ -20,6 +20,7 @@ from fathom.train import optimizer
 from fathom.train.muon import orthogonal
 from fathom.train.state import named_leaves, split_model
 from tests.models.small import FAST_COMPILE
+from tests.train.toy_model import TOY
 
 STEPS, RATE, MOMENTUM, RMS, DECAY = 3, 1e-2, 0.95, 0.18, 0.1
 MESHES = {
@@ -169,17 +170,13 @@ def test_which_weight_gets_which(model):
     """AdamW: embedding, head, norms, biases and gates of mHC, positions within a window, sinks. Muon: all else."""
     _, params, tx, kinds = setting(model, "float32")
     ends = ("embed/weight", "head/weight", "norm/weight", "/base", "/scale", "/sink", "/ape", "/bias")
+    ranks = {name: weight.ndim for name, weight in named_leaves(nnx.as_pure(params)).items()}
     for name, kind in named_leaves(kinds).items():
         assert kind == ("adamw" if name.endswith(ends) else "muon"), name
-        assert kind == "adamw" or params_shape(params, name) > 1
+        assert kind == "adamw" or ranks[name] > 1
     # What the rules of a router and not gradients change is no parameter, and has no state here.
     state = named_leaves(jax.eval_shape(tx.init, nnx.as_pure(params)))
     assert not [name for name in state if "tid2eid" in name or "router/bias" in name]
-
-
-def params_shape(params, name):
-    """Rank of a weight."""
-    return named_leaves(nnx.as_pure(params))[name].ndim
 
 
 def test_what_a_stage_freezes_has_no_state():
@@ -210,8 +207,6 @@ def test_singular_values(shape, dtype, error):
 
 
 def test_a_model_of_no_matrices_is_refused():
-    from tests.train.toy_model import TOY
-
     params = split_model(TOY, ComputeOptions(dtype="float32")).params
     with pytest.raises(ValueError, match="'muon', but of what .* no weight declares itself a matrix.*'adamw'"):
         optimizer.make_optimizer(TOY, params, block_of("float32"), 10, "sparse")

@@ -167,8 +167,7 @@ class _Blocks(NamedTuple):
         """(assignments int32 [R], sizes int32 [E] of each expert's rows in the block)."""
         first = number * self.rows
         ends = jnp.cumsum(self.sizes)
-        edges = (jnp.clip(edge, first, first + self.rows) for edge in (ends, ends - self.sizes))
-        end, begin = edges
+        end, begin = (jnp.clip(edge, first, first + self.rows) for edge in (ends, ends - self.sizes))
         return jax.lax.dynamic_slice_in_dim(self.order, first, self.rows), end - begin
 
 

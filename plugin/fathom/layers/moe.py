@@ -240,12 +240,10 @@ def _exchanged_experts(exchange, options, matrices, x_CD, weights_CK, indices_CK
     return jax.lax.psum(y, exchange.summed) if exchange.summed else y
 
 
-def _pull_exchanged_experts(exchange, options, total, matrices, x_CD, weights_CK, indices_CK, dy_CD):
+def _pull_exchanged_experts(exchange, options, total, matrices, floats, integers, dy_CD):
     """The gradients of `_exchanged_experts` where experts are split: those of the matrices are added to `total`."""
-    (x, weights), back = jax.vjp(
-        lambda *tokens: tuple(_gathered(exchange, array) for array in tokens), x_CD, weights_CK
-    )
-    indices = _own_ids(exchange, indices_CK, matrices[0].shape[0])
+    (x, weights), back = jax.vjp(lambda *tokens: tuple(_gathered(exchange, array) for array in tokens), *floats)
+    indices = _own_ids(exchange, *integers, matrices[0].shape[0])
     dy = _gathered(exchange, dy_CD)  # the transpose of the sum that is scattered
     total, dx, dweights = pull_experts_in_blocks(total, x, indices, weights, matrices, dy, options)
     return total, back((dx.astype(x.dtype), dweights.astype(weights.dtype)))

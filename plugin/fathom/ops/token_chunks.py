@@ -43,7 +43,7 @@ def in_token_chunks(
       floats, integers: arrays [T, ...], of which the former are differentiated. Tokens that fill the last chunk up
         are 0 and -1 in them.
       varying: the mesh axes over which a shard_map types the weights as different.
-      pull: the function's gradients where JAX is not to derive them: `pull(total, weights, *floats, *integers, dy)`
+      pull: the function's gradients where JAX is not to derive them: `pull(total, weights, floats, integers, dy)`
         gives (float32 total plus the gradients of the weights, those of the floats).
     """
     tokens = floats[0].shape[0]
@@ -65,13 +65,10 @@ def _cut(x: jax.Array, chunk: int, filler: int) -> jax.Array:
     return x.reshape(-1, chunk, *x.shape[1:])
 
 
-def _derived_pull(function, total, weights, *args):
-    *arrays, dy = args
-    count = len([x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)])
-    floats, integers = arrays[:count], arrays[count:]
-    _, pull = jax.vjp(lambda weights, *floats: function(weights, *floats, *integers), weights, *floats)
-    dweights, *dfloats = pull(dy)
-    return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), tuple(dfloats)
+def _derived_pull(function, total, weights, floats, integers, dy):
+    _, pull = jax.vjp(lambda weights, floats: function(weights, *floats, *integers), weights, floats)
+    dweights, dfloats = pull(dy)
+    return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, dweights), dfloats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,7 +87,7 @@ def _chunked_backward(static, args, dy):
 
     def step(total, xs):
         floats, integers, dy = xs
-        return pull(total, weights, *floats, *integers, dy)
+        return pull(total, weights, floats, integers, dy)
 
     zero = jax.lax.pcast(jnp.float32(0), varying, to="varying") if varying else jnp.float32(0)
     # Zeros that depend on what changes: XLA would make them before a loop around, and keep them beside their sums.

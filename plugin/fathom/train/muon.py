@@ -3,8 +3,8 @@
 As published for V4 (its report, 2.4), for W of n x m: M = mu M + G, O = HybridNS(mu M + G),
 W = W (1 - lr decay) - lr rms sqrt(max(n, m)) O.
 HybridNS divides by the Frobenius norm, then iterates X = a X + b (X X^T) X + c (X X^T)^2 X, eight times with
-coefficients that raise small singular values fast and twice with ones that settle them at 1. Momentum, iteration and
-scale are optax's; what is here is which matrices a weight holds (`Matrix`, declared where the weight is made) and how
+coefficients that raise small singular values fast and twice with ones that settle them at 1. Momentum and iteration
+are optax's; what is here is which matrices a weight holds (`Matrix`, declared where the weight is made) and how
 they come together on a device.
 
 A weight's rows or columns may lie on several devices. Of the many matrices that such a weight stands for (layers,
@@ -17,6 +17,7 @@ Letters: N matrices, M rows, K columns.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +26,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from fathom.layers.param import Matrix
-from fathom.mesh import active_rules, partition_spec, variable_axes
+from fathom.mesh import partition_spec, split_axes, variable_axes
 from fathom.train.state import path_names
 
 FAST, SETTLING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
@@ -80,8 +80,7 @@ def orthogonal(
     Raises:
       ValueError: when parts do not add up, or lie along a dimension that the mesh splits.
     """
-    spec = partition_spec(axes) if active_rules() is not None else PartitionSpec(*[None] * update.ndim)
-    split = {i - update.ndim: _names(part) for i, part in enumerate(spec) if _names(part)}
+    split = {i - update.ndim: split_axes(axis) for i, axis in enumerate(axes) if split_axes(axis)}
     along = matrix.outputs[-1]
     if matrix.parts and (sum(matrix.parts) != update.shape[along] or along in split):
         raise ValueError(
@@ -90,23 +89,13 @@ def orthogonal(
         )
 
     def of_device(update):
-        pieces = jnp.split(update, _beginnings(matrix.parts), axis=along) if matrix.parts else [update]
+        pieces = jnp.split(update, list(itertools.accumulate(matrix.parts))[:-1], axis=along)
         return jnp.concatenate([_orthogonal_piece(p, matrix, split, rms, dtype) for p in pieces], axis=along)
 
     if not split:
         return of_device(update)
+    spec = partition_spec(axes)
     return jax.shard_map(of_device, in_specs=spec, out_specs=spec)(update)
-
-
-def _beginnings(sizes: tuple[int, ...]) -> list[int]:
-    """Where all pieces but the first begin."""
-    return [sum(sizes[:i]) for i in range(1, len(sizes))]
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    names = (part,) if isinstance(part, str) else tuple(part or ())
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return tuple(name for name in names if sizes.get(name, 1) > 1)
 
 
 def _orthogonal_piece(piece, matrix: Matrix, split: dict[int, tuple[str, ...]], rms: float, dtype) -> jax.Array:

@@ -85,7 +85,7 @@ def decay_mask(trainable: nnx.State) -> nnx.State:
 
 
 def optimizer_kinds(trainable: nnx.State) -> nnx.State:
-    """"muon" for the weights that declare themselves matrices, "adamw" for the others."""
+    """Of each weight "muon", where it declares itself a matrix, or "adamw"."""
     declared = matrices_of(trainable)
 
     def kind(path, _):
@@ -102,12 +102,12 @@ def make_optimizer(
     trainable parameters.
 
     Args:
-      params: (abstract) nnx.State of all Params; only used to decide which weights decay.
+      params: (abstract) nnx.State of all Params; only used to decide which weights decay, and which are matrices.
       block: the recipe's optimizer block. steps: updates in the run. stage: given to `spec.frozen`.
 
     Raises:
-      ValueError: for an unknown optimizer name, a schedule that does not fit, or nothing left to
-        train.
+      ValueError: for an unknown optimizer name, a schedule that does not fit, nothing left to train, or Muon for
+        no matrix.
     """
     if block.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: found {block.name!r}, expected 'adamw' or 'muon'")
