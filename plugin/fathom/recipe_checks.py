@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from fathom.topology import parse_topology
+
 if TYPE_CHECKING:
     from fathom.zoo import ModelSpec
 
@@ -194,6 +196,14 @@ def _mesh_problems(have: Mapping[str, Any], num_devices: int | None) -> Iterator
     needed = math.prod(mesh.shape.values())
     named = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
     simulated = mesh.simulated_devices
+    slice_ = None if mesh.topology is None else parse_topology(mesh.topology)
+    if slice_ is not None and slice_.devices != needed:
+        yield Problem(
+            "mesh.topology",
+            f"{slice_}, of {slice_.devices} devices",
+            f"a slice of {needed} devices, the product of the mesh axes ({named})",
+            "change the axes or the slice so that they agree",
+        )
     if simulated is not None and simulated != needed:
         yield Problem(
             "mesh.simulated_devices",

@@ -20,7 +20,8 @@ from fathom.recipe_checks import Problem, RecipeError, cross_problems, nearest, 
 from fathom.recipe_files import merged
 
 if TYPE_CHECKING:
-    from fathom.recipe import Recipe, StageBlock
+    from fathom.recipe import Recipe
+    from fathom.recipe_blocks import StageBlock
 
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("attention", "query_chunk", "stretch", "balance", "remat", "selection", "recall_target",
@@ -108,9 +109,8 @@ def _values(recipe: Recipe, stage: StageBlock, number: int) -> dict[str, Any]:
     if {"source", "path"} & set(over["data"]):
         for name in ("pattern", "exclude"):
             base["data"].pop(name)  # those of the recipe's own source
-    devices = recipe.mesh.simulated_devices
     if over["mesh"]:  # its axes are all told anew: what is left of another mesh would not multiply to the devices
-        base["mesh"] = {"preset": recipe.mesh.preset, "simulated_devices": devices}
+        base["mesh"] = {name: base["mesh"][name] for name in ("preset", "simulated_devices", "topology")}
     stop = min(stage.until, recipe.train.stop_at or stage.until)
     return merged(base, {**over, "train": {**over["train"], "stop_at": stop}})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fathom.recipe import DataBlock
+from fathom.recipe_blocks import DataBlock
 from fathom.train import data
 from fathom.train.data import DataError, batch_hash, make_loader
 from tests.train.test_tokenizers import train_bpe

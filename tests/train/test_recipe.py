@@ -16,12 +16,12 @@ from fathom import zoo
 from fathom.cli import main
 from fathom.mesh import AXES
 from fathom.recipe import (
-    MESH_AXES,
     Recipe,
     RecipeError,
     compare_for_resume,
     load_recipe,
 )
+from fathom.recipe_blocks import MESH_AXES
 from fathom.recipe_files import recipe_names
 from fathom.step_folder import CheckpointError, read_payload
 from fathom.train.loop import train

@@ -40,7 +40,7 @@ READ_AHEAD = 16
 
 
 class DataSettings(Protocol):
-    """What is read of `fathom.recipe.DataBlock`, which documents these fields."""
+    """What is read of `fathom.recipe_blocks.DataBlock`, which documents these fields."""
 
     source: str
     path: str

@@ -1,0 +1,262 @@
+"""The blocks of a recipe, with their defaults: one class per top-level key of the YAML."""
+
+from __future__ import annotations
+
+import contextlib
+import sysconfig
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from fathom.layers.options import (
+    ATTENTION_IMPLEMENTATIONS,
+    MLA_FORMS,
+    REMAT_POLICIES,
+    SELECTIONS,
+    STAGES,
+    ComputeOptions,
+)
+from fathom.topology import parse_topology
+
+STDLIB = "stdlib:"
+"""A data path that stands for the running Python's standard library: real text on any machine."""
+
+STDLIB_EXCLUDE = ("site-packages", "dist-packages", "test", "tests", "idlelib")
+"""Folders there that are not the standard library, or that not every installation has."""
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")  # fathom.mesh.AXES, without its jax
+
+PATTERNS = {
+    "text": "**/*.txt",
+    "jsonl": "**/*.jsonl",
+    "parquet": "**/*.parquet",
+    "array_record": "**/*.array_record",
+}
+
+
+class Block(BaseModel):
+    """A part of a recipe: frozen; unknown keys, values of another type, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Lists for tuples, and numbers in text: PyYAML reads 3e-4 as text, and templates quote."""
+        hint = cls.model_fields[info.field_name].annotation
+        kinds = [typing.get_origin(kind) or kind for kind in (hint, *typing.get_args(hint))]
+        if isinstance(value, list) and tuple in kinds:
+            return tuple(value)
+        for kind in (int, float):
+            if isinstance(value, str) and kind in kinds:
+                with contextlib.suppress(ValueError):
+                    return kind(value)
+        return value
+
+
+class ModelBlock(Block):
+    """Which model, at which size, and how it computes (see `fathom.layers.options.ComputeOptions`).
+
+    `config` overrides fields of the model's architecture dataclass. `init` is a Fathom checkpoint (a converted one,
+    or a run's) that a new run takes its weights from; a run that resumes does not look at it.
+    """
+
+    name: str
+    init: str | None = Field(None, min_length=1)
+    config: dict[str, Any] = {}
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal[ATTENTION_IMPLEMENTATIONS] = "auto"
+    query_chunk: int | None = Field(None, ge=1)
+    stretch: int | None = Field(None, ge=1)
+    balance: bool = False
+    remat: Literal[REMAT_POLICIES] = "none"
+    simulate_quant: bool = False
+    selection: Literal[SELECTIONS] = "exact"
+    recall_target: float = Field(0.95, gt=0, le=1)
+    mla_form: Literal[MLA_FORMS] = "auto"
+
+    def compute_options(self, train: TrainBlock | None = None) -> ComputeOptions:
+        """The ComputeOptions that the model is built with, in the stage of a train block."""
+        ours = ("name", "init", "config")
+        values = {name: getattr(self, name) for name in type(self).model_fields if name not in ours}
+        if train is None:
+            return ComputeOptions(**values)
+        return ComputeOptions(**values, stage=train.stage, indexer_loss=train.trains_indexer)
+
+
+class DataBlock(Block):
+    """Where text comes from and how it becomes rows.
+
+    The key `path` is a file or a folder ("stdlib:" is the running Python's standard library); in a
+    folder, files that match the glob `pattern` are read, except below folders named in `exclude`.
+    `location` is that key as written, which is what recipes and checkpoints store; the property `path`
+    is where it lies on this machine.
+    `batch_size` counts rows per optimizer step over all processes and microbatches. `holdout` is
+    the fraction of documents kept for evaluation. `max_bytes` stops reading after that much text.
+    `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
+    pieces of one long document do not fill whole batches.
+    """
+
+    source: Literal["text", "jsonl", "parquet", "array_record"] = "text"
+    location: str = Field(alias="path", min_length=1)
+    pattern: str = Field(min_length=1)
+    exclude: tuple[str, ...] = ()
+    field: str = "text"
+    tokenizer: str = "bytes"
+    sequence_length: int = Field(ge=2)
+    batch_size: int = Field(ge=1)
+    packing: Literal["concat_split", "first_fit", "best_fit", "none"] = "concat_split"
+    shuffle: bool = True
+    shuffle_rows: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)
+    holdout: float = Field(0.0, ge=0, lt=1)
+    max_bytes: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_source(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        stdlib = values.get("path") == STDLIB
+        if values.get("pattern") is None:
+            by_source = PATTERNS.get(str(values.get("source", "text")), "*")
+            values["pattern"] = "**/*.py" if stdlib else by_source
+        if stdlib and values.get("exclude") is None:
+            values["exclude"] = STDLIB_EXCLUDE
+        return values
+
+    @property
+    def path(self) -> str:
+        """The file or folder to read on this machine."""
+        return sysconfig.get_paths()["stdlib"] if self.location == STDLIB else self.location
+
+
+class OptimizerBlock(Block):
+    """AdamW, or Muon for matrices and AdamW for the rest: warmup, a constant stretch, then `decay_steps` down to
+    `final_ratio` of the peak.
+
+    `momentum_dtype` is the storage of first moments; second moments are float32. `muon_dtype` is that of Muon's
+    products, `muon_rms` the root mean square of its updates at a learning rate of 1. b1, b2 and eps are AdamW's.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    decay: Literal["cosine", "linear"] = "cosine"
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-20, gt=0)
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_rms: float = Field(0.18, gt=0)
+    muon_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+
+
+class MeshBlock(Block):
+    """Sizes of the mesh axes (`fathom.mesh.AXES`), and the preset that maps a model onto them.
+
+    `simulated_devices` runs on the CPU split into that many devices. `topology` is the TPU slice that the recipe is
+    for ("v5p:8x8x8", "2*v6e:16x16"): what `fathom plan` compiles for and `fathom launch` asks for.
+    """
+
+    data: int = Field(1, ge=1)
+    fsdp: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+    context: int = Field(1, ge=1)
+    preset: str = "default"
+    simulated_devices: int | None = Field(None, ge=1)
+    topology: str | None = None
+
+    @field_validator("topology")
+    @classmethod
+    def _names_a_slice(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_topology(value)
+        return value
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Mesh axis -> size, for `fathom.mesh.make_mesh`."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+
+class TrainBlock(Block):
+    """How long, in which stage, with which loss weights. After `max_runtime` seconds, or after step `stop_at`, the
+    run saves and stops; schedules still span `steps`.
+
+    Stages: "dense" attends to everything visible and leaves the indexer alone; "indexer-warmup" does too, and trains
+    the indexer and nothing else; "sparse" attends to what the indexer selects and trains all, the indexer by its own
+    loss (`indexer_weight`; 0 leaves it as it is). What a stage does not train has no place in the optimizer.
+    """
+
+    steps: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+    accumulation: int = Field(1, ge=1)
+    stage: Literal[STAGES] = "sparse"
+    mtp_weight: float = Field(0.3, ge=0)
+    balance_weight: float = Field(1e-4, ge=0)
+    indexer_weight: float = Field(1e-2, ge=0)
+    router_bias_speed: float = Field(1e-3, ge=0)
+    log_every: int = Field(10, ge=1)
+    eval_every: int = Field(0, ge=0)
+    skip_nonfinite: int = Field(0, ge=0)
+    max_runtime: float | None = Field(None, gt=0)
+    stop_at: int | None = Field(None, ge=1)
+
+    @property
+    def trains_indexer(self) -> bool:
+        """Whether the indexer has a loss of its own."""
+        return self.stage != "dense" and self.indexer_weight > 0
+
+    @property
+    def parameter_stage(self) -> str:
+        """The stage that says which parameters train: without a loss for the indexer those of "dense"."""
+        return self.stage if self.trains_indexer else "dense"
+
+
+class CheckpointBlock(Block):
+    """Where and how often to save. `directory` is <run folder>/checkpoints unless given."""
+
+    directory: str | None = None
+    every: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    async_save: bool = True
+    resume: bool = True
+
+
+class WandbBlock(Block):
+    """A Weights & Biases run; only imported when a recipe has this block."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+
+
+class MetricsBlock(Block):
+    """The run folder (runs/<recipe name> unless given) and where else metrics go."""
+
+    directory: str = Field(min_length=1)
+    tensorboard: bool = True
+    wandb: WandbBlock | None = None
+
+
+class StageBlock(Block):
+    """A stretch of the run, up to and with step `until`, with values of its own for keys of four blocks
+    (`fathom.recipe_stages.STAGE_KEYS`). A stage that names mesh axes names them all; others are 1."""
+
+    name: str | None = None
+    until: int = Field(ge=1)
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    mesh: dict[str, Any] = {}
+    train: dict[str, Any] = {}
