@@ -4,6 +4,7 @@
     out = model(tokens)                           .logits, .mtp_logits, .aux
     recipe = fathom.load_recipe("tiny-v4-cpu")    a recipe by name or file, with overrides
     result = fathom.train(recipe)                 .step, .metrics, .checkpoint_dir
+    report = fathom.plan(recipe, topology="v5p:8x8x8")   .fits, .memory, .bound, .to_text()
     spec = fathom.zoo.get("deepseek-v4-flash")    a model's ModelSpec
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fathom import train, zoo
+from fathom import plan, train, zoo
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from fathom.recipe import Recipe
 
-__all__ = ["load", "load_recipe", "train", "zoo"]
+__all__ = ["load", "load_recipe", "plan", "train", "zoo"]
 __version__ = "0.1.0"
 
 

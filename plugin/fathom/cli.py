@@ -1,4 +1,4 @@
-"""The command line: fathom train | convert | logits | inspect | doctor.
+"""The command line: fathom train | plan | convert | logits | inspect | doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
 save, 130 interrupted. jax and the rest are imported by the command that needs them: `--help` answers at once.
@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from fathom import cli_convert
+from fathom import cli_convert, cli_plan
 from fathom.cli_problem import ArgumentProblem
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe_error(error: Exception) -> tuple[int, str]:
     """Exit code and text of an error that ended a command."""
     from fathom.recipe_checks import RecipeError
+    from fathom.topology import TopologyError
 
-    if isinstance(error, ArgumentProblem | RecipeError):
+    if isinstance(error, ArgumentProblem | RecipeError | TopologyError):
         return BAD_INPUT, str(error)
     text = str(error).strip()
     # Our own errors are ValueErrors, OSErrors and our classes, with a text for people. Others are
@@ -86,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example train.steps=5 mesh.fsdp=4"
     )
+
+    sub = command("plan", "compile a recipe's step for a TPU slice, with no TPU, and say whether it fits", run_plan)
+    cli_plan.add_arguments(sub)
 
     sub = command("logits", "run a model on token ids and write its logits", run_logits)
     sub.add_argument("path", metavar="PATH", help="a Hub-format folder or a Fathom checkpoint")
@@ -151,6 +155,11 @@ def run_train(arguments: argparse.Namespace) -> int:
     print(f"{recipe.name}: {ending} at step {result.step}{text}; run folder {recipe.run_dir}")
     print(f"checkpoints in {result.checkpoint_dir}")
     return PREEMPTED if result.preempted else DONE
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """fathom plan: exit code 1 when it does not fit."""
+    return DONE if cli_plan.run_plan(arguments) else FAILED
 
 
 def run_logits(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from fathom.layers.balance_loss import sequence_balance_loss
@@ -291,7 +292,7 @@ class MoE(nnx.Module):
         routing = self.router(x_BSD, tokens_BS)
         routed = self.experts(x_BSD, routing.indices_BSK, routing.weights_BSK)
         y_BSD = (routed + self.shared(x_BSD)).astype(x_BSD.dtype)
-        y_BSD = constrain(y_BSD, ("act_batch", "act_sequence", "act_embed"))
+        y_BSD = checkpoint_name(constrain(y_BSD, ("act_batch", "act_sequence", "act_embed")), "experts")
         valid = None if segment_ids_BS is None else segment_ids_BS > 0
         load = expert_load(routing.indices_BSK, valid, routing.scores_BSE.shape[-1])
         learned = isinstance(self.router, LearnedRouter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "masked", "gathered")
-REMAT_POLICIES = ("none", "full", "unit", "dots", "attention")
+REMAT_POLICIES = ("none", "full", "unit", "dots", "attention", "sublayers")
 STAGES = ("dense", "indexer-warmup", "sparse")
 SELECTIONS = ("exact", "approx")
 MLA_FORMS = ("auto", "expanded", "absorbed")
@@ -30,7 +30,9 @@ class ComputeOptions:
       remat: activation-checkpoint policy of a block, by name: "none" saves everything; "full" saves the
         block's input only; "unit" that of each unit of the repeated blocks (V4: one HCA and one CSA block), for half
         of the saved inputs and one more forward of half of the blocks; "dots" saves the results of matrix products
-        without batch dimensions; "attention" saves the attention outputs and the selected indices.
+        without batch dimensions; "attention" saves the attention outputs and the selected indices; "sublayers" the
+        outputs of the experts too, for half as much memory again as "full" and no product of a sublayer made again but
+        in its own backward.
       simulate_quant: reproduce the FP8/FP4 rounding and the Hadamard rotation of the released inference code.
       stage: the attention stage of the training curriculum; "dense" and "indexer-warmup" let CSA layers see every
         visible compressed entry, "sparse" only those the indexer selects. V3.2's entries are the tokens.

@@ -12,6 +12,7 @@ _POLICIES = {
     "unit": checkpoint_policies.nothing_saveable,
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": checkpoint_policies.save_only_these_names("attention", "selected_entries"),
+    "sublayers": checkpoint_policies.save_only_these_names("attention", "selected_entries", "experts"),
 }
 
 
@@ -20,8 +21,8 @@ def remat(function: Callable, policy: str) -> Callable:
 
     Args:
       policy: "none" saves everything; "full" saves only the inputs; "dots" saves matrix products without batch
-        dimensions; "attention" saves the attention outputs and the selected entries; "unit" is "full", and `remat_unit`
-        does the rest.
+        dimensions; "attention" saves the attention outputs and the selected entries, "sublayers" those of the experts
+        too; "unit" is "full", and `remat_unit` does the rest.
     """
     if policy == "none":
         return function
@@ -35,3 +36,16 @@ def remat_unit(step: Callable, policy: str) -> Callable:
         return step
     # Within a scan nothing can be shared with the forward: no barriers are needed.
     return jax.checkpoint(step, policy=_POLICIES[policy], prevent_cse=False)
+
+
+def forward_passes(policy: str, unit: int = 1) -> float | None:
+    """How often the products of attention and experts run forward in a step: once, once more in the backwards of the
+    two themselves, which keep nothing wide, and as often as the policy has whole blocks made again.
+
+    Args:
+      unit: blocks of a unit of the repeated ones.
+
+    Returns:
+      None for policies that keep a part of the products only.
+    """
+    return {"none": 2.0, "sublayers": 2.0, "full": 3.0, "unit": 3.0 + (unit - 1) / unit}.get(policy)

@@ -1,1 +1,34 @@
-"""What a step needs before it is run: its operations, counted without a device."""
+"""What a recipe takes on a slice, found out by the TPU's compiler with no TPU.
+
+The package is callable, so that the public `fathom.plan(recipe, topology=...)` and the subpackage share the name.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fathom.plan.report import PlanReport
+    from fathom.recipe import Recipe
+
+
+class _PlanPackage(types.ModuleType):
+    def __call__(self, recipe: Recipe, topology: str | None = None, **options: Any) -> PlanReport:
+        """Plans a recipe, or with `stage=` one of its stages; see `fathom.plan.planner.plan`.
+
+        Raises:
+          ValueError: for a recipe of several stages when `stage` does not say which.
+        """
+        from fathom.plan.planner import plan
+
+        if len(recipe.stages) > 1 and options.get("stage") is None:
+            raise ValueError(
+                f"recipe {recipe.name} has {len(recipe.stages)} stages; say which with stage=1 to "
+                f"{len(recipe.stages)}, or call fathom.plan.planner.plan for all of them"
+            )
+        return plan(recipe, topology, **options)[0]
+
+
+sys.modules[__name__].__class__ = _PlanPackage

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,16 +50,34 @@ Products = collections.Counter[Product]
 """How often each product runs; not always a whole number, see `branches` of `matrix_products`."""
 
 
-def count_flops(function: Callable, *args: Any, branches: str = "mean", platform: str | None = None) -> float:
+def count_flops(
+    function: Callable,
+    *args: Any,
+    branches: str = "mean",
+    platform: str | None = None,
+    loops: Mapping[str, float] | None = None,
+) -> float:
     """Operations of the matrix products of one call `function(*args)`; nothing is run.
 
     Arguments and errors are those of `matrix_products`.
     """
-    return sum(product.flops * times for product, times in _products(function, args, branches, platform).items())
+    found = _products(function, args, branches, platform, loops)
+    return sum(product.flops * times for product, times in found.items())
+
+
+def count_jaxpr(
+    jaxpr: Any, branches: str = "mean", platform: str | None = None, loops: Mapping[str, float] | None = None
+) -> float:
+    """`count_flops` of a function that is traced already: its closed jaxpr."""
+    return sum(product.flops * times for product, times in _walk(jaxpr, branches, platform, loops).items())
 
 
 def matrix_products(
-    function: Callable, *args: Any, branches: str = "mean", platform: str | None = None
+    function: Callable,
+    *args: Any,
+    branches: str = "mean",
+    platform: str | None = None,
+    loops: Mapping[str, float] | None = None,
 ) -> list[tuple[Product, float]]:
     """Every matrix product of one call `function(*args)` and how often it runs, the costliest first.
 
@@ -72,21 +90,28 @@ def matrix_products(
         of causal queries take them equally often) or the costliest ("max").
       platform: whose branch of a `platform_dependent` counts: "cpu", "tpu", "cuda" or "rocm"; JAX's default backend
         unless given.
+      loops: name of a while loop's body -> how often to expect it to run, where that depends on the data; not always
+        a whole number.
 
     Raises:
-      ValueError: for a while loop with matrix products whose number of trips does not follow from constants; for a
+      ValueError: for any other while loop with matrix products whose trips do not follow from constants; for a
         `platform_dependent` without a branch for the platform; for another value of `branches`; for a Pallas kernel
         without a cost estimate, or a call that cannot be looked into, for to count it as nothing would be a wrong sum.
     """
-    found = _products(function, args, branches, platform)
+    found = _products(function, args, branches, platform, loops)
     return sorted(found.items(), key=lambda item: item[0].flops * item[1], reverse=True)
 
 
 def product_table(
-    function: Callable, *args: Any, top: int = 10, branches: str = "mean", platform: str | None = None
+    function: Callable,
+    *args: Any,
+    top: int = 10,
+    branches: str = "mean",
+    platform: str | None = None,
+    loops: Mapping[str, float] | None = None,
 ) -> str:
     """The costliest `top` of `matrix_products` as lines: share of all operations, operations, runs, shapes, source."""
-    found = matrix_products(function, *args, branches=branches, platform=platform)
+    found = matrix_products(function, *args, branches=branches, platform=platform, loops=loops)
     total = sum(product.flops * times for product, times in found)
     lines = [f"{'share':>6} {'flops':>10} {'runs':>10}  product, {total:.4g} flops in all"]
     for product, times in found[:top]:
@@ -96,13 +121,22 @@ def product_table(
     return "\n".join(lines)
 
 
-def _products(function: Callable, args: Sequence[Any], branches: str, platform: str | None) -> Products:
+def _products(
+    function: Callable,
+    args: Sequence[Any],
+    branches: str,
+    platform: str | None,
+    loops: Mapping[str, float] | None,
+) -> Products:
+    return _walk(jax.make_jaxpr(function)(*args), branches, platform, loops)
+
+
+def _walk(closed: Any, branches: str, platform: str | None, loops: Mapping[str, float] | None) -> Products:
     if branches not in BRANCHES:
         raise ValueError(f"branches: found {branches!r}, expected one of {BRANCHES}")
     backend = jax.default_backend() if platform is None else platform
-    closed = jax.make_jaxpr(function)(*args)
     live, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    counter = _Counter(branches, "cuda" if backend == "gpu" else backend)
+    counter = _Counter(branches, "cuda" if backend == "gpu" else backend, loops or {})
     return counter.walk(live, closed.consts, [None] * len(live.invars))[0]
 
 
@@ -177,8 +211,8 @@ _SCALARS = {
 class _Counter:
     """Counts the products of a jaxpr. A "known" is the value of a scalar that follows from constants, else None."""
 
-    def __init__(self, branches: str, platform: str):
-        self.branches, self.platform = branches, platform
+    def __init__(self, branches: str, platform: str, loops: Mapping[str, float]):
+        self.branches, self.platform, self.loops = branches, platform, loops
 
     def walk(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> tuple[Products, list[Any]]:
         """(the products of one run, the knowns of its results), given the knowns of its inputs."""
@@ -241,25 +275,28 @@ class _Counter:
             return collections.Counter()
         trips = _trip_count(eqn, inputs)
         if trips is None:
+            # Its body's name: the place that an equation is said to stand at may be that of a call around it.
+            trips = self.loops.get(_open(params["body_jaxpr"])[0].debug_info.func_name)
+        if trips is None:
             raise ValueError(
                 f"while loop at {_source(eqn)}: it holds matrix products, and its number of trips does not follow from "
                 f"constants (or passes {MAX_TRIPS}); give jax.lax.fori_loop bounds that are known when it is traced, "
-                "or use jax.lax.scan"
+                "use jax.lax.scan, or tell the expected number in `loops`"
             )
         return _times(body, trips)  # a product in the condition decides it, so that no constant does
 
     def _cond(self, eqn: JaxprEqn, inputs: list[Any]) -> Products:
         branches = eqn.params["branches"]
-        found = [self.inside(branch, inputs[1:])[0] for branch in branches]
         platforms = eqn.params.get("branches_platforms")
         if platforms is not None:
-            for products, names in zip(found, platforms, strict=True):
+            for branch, names in zip(branches, platforms, strict=True):
                 if names is None or self.platform in names:
-                    return products
+                    return self.inside(branch, inputs[1:])[0]
             raise ValueError(
                 f"platform_dependent at {_source(eqn)}: found branches for {platforms}, expected one for "
                 f"{self.platform!r}"
             )
+        found = [self.inside(branch, inputs[1:])[0] for branch in branches]
         if inputs[0] is not None:
             return found[min(max(int(inputs[0]), 0), len(found) - 1)]
         if self.branches == "max":

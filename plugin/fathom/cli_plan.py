@@ -1,0 +1,60 @@
+"""`fathom plan`: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fathom plan`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.remat=unit")
+    parser.add_argument(
+        "--topology",
+        metavar="SLICE",
+        help="v5p:8x8x8, 2*v6e:16x16 for two slices, or cpu; the recipe's mesh.topology unless given",
+    )
+    parser.add_argument("--stage", type=int, metavar="N", help="plan this stage alone, counted from 1")
+    parser.add_argument(
+        "--fit", choices=("batch", "sequence"), help="look for the most rows, or the longest sequence, that fit"
+    )
+    parser.add_argument(
+        "--codegen", action="store_true", help="have the compiler write machine code too: minutes more, same figures"
+    )
+    parser.add_argument("--no-advice", action="store_true", help="where it does not fit, do not look for what would")
+    parser.add_argument("--json", metavar="F", help="also write the report to this file")
+    parser.add_argument("--picture", metavar="F.png", help="also draw one device's memory")
+
+
+def run_plan(arguments: argparse.Namespace) -> bool:
+    """Prints the plan of every stage; True when all fit.
+
+    Raises:
+      RecipeError: for a recipe or a slice that is impossible. TopologyError: for a name that is none.
+      PlanError: when the step does not compile for another reason than memory.
+    """
+    from fathom.plan.planner import plan
+    from fathom.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    reports = plan(
+        recipe,
+        arguments.topology,
+        fit=arguments.fit,
+        codegen=arguments.codegen,
+        advise=not arguments.no_advice,
+        stage=arguments.stage,
+        progress=lambda text: print(f"fathom plan: {text}", file=sys.stderr, flush=True),
+    )
+    print("\n\n".join(report.to_text() for report in reports))
+    if arguments.json:
+        values = [report.to_dict() for report in reports]
+        Path(arguments.json).write_text(json.dumps(values[0] if len(values) == 1 else values, indent=1) + "\n")
+    if arguments.picture:
+        for number, report in enumerate(reports, 1):
+            path = Path(arguments.picture)
+            report.draw(path if len(reports) == 1 else path.with_stem(f"{path.stem}-{number}"))
+    return all(report.fits for report in reports)

@@ -1,0 +1,156 @@
+"""What crosses between devices in one step: every collective of the compiled program, as often as it runs.
+
+Bytes are what one device sends, under the ring algorithms that the optimal schedules of a torus amount to; a group of g
+devices: all-gather (g - 1) x its input, reduce-scatter (g - 1) / g x its input, all-reduce twice that, all-to-all
+(g - 1) / g x its input, collective-permute its input.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fathom.plan.hlo_proto import shape_bytes
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one kind of collective sends along one set of mesh axes.
+
+    Attributes:
+      kind: "all-gather", ... axes: mesh axes whose coordinates differ within a group, e.g. ("fsdp", "expert").
+      runs: executions in a step. sent_bytes: of one device, over all of them.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    runs: float
+    sent_bytes: float
+
+
+def step_traffic(module: Any, mesh_shape: Mapping[str, int], loops: float = 1.0) -> list[Traffic]:
+    """The collectives of a compiled step, the heaviest first.
+
+    Args:
+      module: as `fathom.plan.hlo_proto` reads it. mesh_shape: mesh axis -> size, in the mesh's order.
+      loops: how often a loop is taken to run whose number of trips depends on the data.
+
+    Raises:
+      ValueError: for groups of devices in a form that is not known here.
+    """
+    walk = _Walk(module, mesh_shape, loops)
+    walk.computation(module.entry_computation_id, 1.0)
+    found = [Traffic(kind, axes, runs, sent) for (kind, axes), (runs, sent) in walk.totals.items()]
+    return sorted(found, key=lambda traffic: -traffic.sent_bytes)
+
+
+class _Walk:
+    """Adds up the collectives of a computation and of those that it calls."""
+
+    def __init__(self, module: Any, mesh_shape: Mapping[str, int], loops: float):
+        self.computations = {c.id: c for c in module.computations}
+        self.mesh_shape, self.loops = mesh_shape, loops
+        self.totals: dict[tuple, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
+
+    def computation(self, number: int, times: float) -> None:
+        computation = self.computations[number]
+        by_id = {i.id: i for i in computation.instructions}
+        for instruction in computation.instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS:
+                self.collective(kind, instruction, by_id, computation, times)
+            called = list(instruction.called_computation_ids)
+            if instruction.opcode == "while":
+                trips = trip_count(self.computations, instruction, by_id)
+                self.computation(called[0], times * (self.loops if trips is None else trips))
+            elif instruction.opcode == "conditional":
+                for branch in called:  # which one runs depends on the device or the data
+                    self.computation(branch, times / len(called))
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                for part in called:
+                    self.computation(part, times)
+
+    def collective(self, kind: str, instruction: Any, by_id: Mapping[int, Any], computation: Any, times: float) -> None:
+        groups = _groups(instruction, math.prod(self.mesh_shape.values()))
+        axes = _axes(groups, self.mesh_shape)
+        size = len(groups[0])
+        given = sum(shape_bytes(by_id[i].shape) for i in instruction.operand_ids if i in by_id)
+        if kind == "all-reduce" and _scatters(computation):
+            kind = "reduce-scatter"
+        share = (size - 1) / size
+        sent = {
+            "all-gather": given * (size - 1),
+            "all-reduce": 2 * given * share,
+            "collective-permute": given,
+        }.get(kind, given * share)
+        runs, total = self.totals[kind, axes]
+        self.totals[kind, axes] = runs + times, total + times * sent
+
+
+def _scatters(computation: Any) -> bool:
+    """Whether a computation is the sum and the slice of it that a TPU takes as one reduce-scatter."""
+    opcodes = {i.opcode for i in computation.instructions}
+    return "dynamic-slice" in opcodes and len(computation.instructions) < 24 and "fusion" not in opcodes
+
+
+def _groups(instruction: Any, devices: int) -> list[list[int]]:
+    """The groups of devices that exchange with each other; all in one where the program names none."""
+    if instruction.source_target_pairs:
+        pairs = [[pair.source, pair.target] for pair in instruction.source_target_pairs]
+        return [pair for pair in pairs if pair[0] != pair[1]] or [[0]]
+    found = instruction.device_list
+    if found.mesh_axes:
+        raise ValueError(f"{instruction.name}: its groups of devices are given by mesh axes, which is not known here")
+    if found.iota.num_replica_groups:
+        iota = found.iota
+        shape, order = list(iota.iota_reshape_dims), list(iota.iota_transpose_perm)
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        ids = ids.transpose(order) if order else ids
+        return ids.reshape(iota.num_replica_groups, iota.num_devices_per_group).tolist()
+    listed = [list(group.replica_ids) for group in (found.replica_groups or instruction.replica_groups)]
+    return [group for group in listed if group] or [list(range(devices))]
+
+
+def _axes(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    sizes = tuple(mesh_shape.values())
+    differs: set[str] = set()
+    for group in groups[:64]:
+        coordinates = np.array(np.unravel_index(np.asarray(group), sizes)).T
+        changed = (coordinates != coordinates[0]).any(axis=0)
+        differs |= {axis for axis, change in zip(mesh_shape, changed, strict=True) if change}
+    return tuple(axis for axis in mesh_shape if axis in differs)
+
+
+def trip_count(computations: Mapping[int, Any], loop: Any, by_id: Mapping[int, Any]) -> int | None:
+    """How often a while loop runs: the constant that its condition compares its counter with; None if it has none.
+
+    Loops that JAX makes of a scan count from 0 in steps of 1; the compiler leaves the comparison, or a fusion of it.
+    """
+    condition = computations[loop.called_computation_ids[1]]
+    pending = [condition]
+    while pending:
+        computation = pending.pop()
+        inside = {i.id: i for i in computation.instructions}
+        for instruction in computation.instructions:
+            if instruction.opcode == "compare" and instruction.comparison_direction == "LT":
+                limit = _constant(inside.get(instruction.operand_ids[1]))
+                if limit is not None:
+                    return limit
+            pending += [computations[number] for number in instruction.called_computation_ids]
+    return None
+
+
+def _constant(instruction: Any) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    literal = instruction.literal
+    values = [*literal.s32s, *literal.s64s, *literal.u32s]
+    return values[0] if values else 0

@@ -1,0 +1,280 @@
+"""Plans a recipe: compiles its step for a slice, reads what it takes, and looks for what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fathom.layers.remat import forward_passes
+from fathom.plan.chip_memory import HeapUse, heap_use
+from fathom.plan.collectives import step_traffic
+from fathom.plan.compiler import Compiled, compile_step
+from fathom.plan.report import GIB, PlanReport, memory_parts
+from fathom.plan.roofline import step_bound
+from fathom.recipe import Recipe
+from fathom.recipe_checks import Problem, RecipeError
+from fathom.recipe_stages import stage_recipes
+from fathom.topology import Topology, parse_topology
+
+FITS = ("batch", "sequence")
+MOST_DOUBLINGS = 8
+Progress = Callable[[str], None]
+
+
+def plan(
+    recipe: Recipe,
+    topology: str | None = None,
+    *,
+    fit: str | None = None,
+    codegen: bool = False,
+    advise: bool = True,
+    stage: int | None = None,
+    progress: Progress = lambda text: None,
+) -> list[PlanReport]:
+    """Compiles the train step of each stage of a recipe for a slice that need not be there.
+
+    Args:
+      topology: "v5p:8x8x8", "2*v6e:16x16", or "cpu" for this machine; the recipe's `mesh.topology` unless given, and
+        "cpu" where it has none.
+      fit: "batch" or "sequence": look for the most rows, or the longest sequence, that fit, by bisection.
+      codegen: have machine code written too, minutes more.
+      advise: where it does not fit, compile with changes that save memory until one does.
+      stage: plan this one alone, counted from 1.
+      progress: told what is going on, a line at a time.
+
+    Returns:
+      One report per stage.
+
+    Raises:
+      RecipeError: for a topology that is none, or whose devices the mesh does not fill; for other values of `fit`.
+      PlanError: when the step does not compile for another reason than memory.
+    """
+    if fit not in (None, *FITS):
+        raise RecipeError([Problem("--fit", repr(fit), f"one of {FITS}", "correct it")], recipe.name)
+    stages = stage_recipes(recipe)
+    if stage is not None and not 1 <= stage <= len(stages):
+        problem = Problem("--stage", f"{stage}", f"1 to {len(stages)}, the recipe's stages", "correct it")
+        raise RecipeError([problem], recipe.name)
+    reports = []
+    for number, part in enumerate(stages, 1):
+        if stage in (None, number):
+            name = recipe.stages[number - 1].name or f"{number}" if recipe.stages else ""
+            reports.append(_plan_stage(part, name, topology, fit, codegen, advise, progress))
+    return reports
+
+
+def _plan_stage(recipe, name, topology, fit, codegen, advise, progress) -> PlanReport:
+    where = topology or recipe.mesh.topology or "cpu"
+    check_slice(recipe, where)
+    report = compile_report(recipe, name, where, codegen, progress)
+    if not report.fits and advise:
+        report = _replace(report, advice=tuple(_advice(recipe, where, report, progress)))
+    if fit:
+        report = _replace(report, largest_fit=largest_fit(recipe, where, fit, report, progress))
+    return report
+
+
+def check_slice(recipe: Recipe, topology: str) -> None:
+    """RecipeError when the slice does not have as many devices as the mesh."""
+    if topology == "cpu":
+        return
+    slice_ = parse_topology(topology)
+    needed = math.prod(recipe.mesh.shape.values())
+    if slice_.devices != needed:
+        axes = " x ".join(f"{axis} {size}" for axis, size in recipe.mesh.shape.items() if size > 1) or "1"
+        problem = Problem(
+            "mesh",
+            f"{axes}, which needs {needed} devices",
+            f"{slice_.devices} devices, those of {slice_}",
+            "change the mesh axes, or plan for another slice with --topology",
+        )
+        raise RecipeError([problem], recipe.name)
+
+
+def compile_report(
+    recipe: Recipe, stage: str, topology: str, codegen: bool = False, progress: Progress = lambda text: None
+) -> PlanReport:
+    """One compilation and what it tells."""
+    compiled = compile_step(recipe, topology, codegen=codegen, progress=progress)
+    slice_ = None if topology == "cpu" else parse_topology(topology)
+    facts = compiled.facts
+    use = _use(compiled)
+    traffic = step_traffic(compiled.module, facts["mesh"])
+    bound = None
+    if slice_ is not None:
+        bound = step_bound(
+            slice_, facts["flops"], facts["formula_flops"], traffic, facts["weights"] + facts["optimizer"],
+            axes_across_slices(slice_, facts["mesh"]),
+        )  # fmt: skip
+    devices = math.prod(facts["mesh"].values())
+    limit = slice_.generation.hbm_bytes if slice_ else None
+    return PlanReport(
+        recipe=recipe.name,
+        stage=stage,
+        model=recipe.model.name,
+        topology=topology,
+        chips=slice_.chips if slice_ else 1,
+        devices=devices,
+        hosts=slice_.hosts if slice_ else 1,
+        rows=recipe.data.batch_size,
+        sequence_length=recipe.data.sequence_length,
+        memory=memory_parts(use, facts),
+        total=use.total,
+        limit=limit,
+        fits=compiled.refused is None and (limit is None or use.total <= limit),
+        largest=use.largest,
+        parameters=facts["parameters"],
+        formula_parameters=facts["formula_parameters"],
+        tokens=facts["tokens"],
+        flops=facts["flops"],
+        model_flops=facts["formula_flops"],
+        remat=recipe.model.remat,
+        remat_factor=remat_factor(recipe),
+        traffic=tuple(traffic),
+        bound=bound,
+        rows_of_parameters=tuple(facts["rows"]),
+        seconds=compiled.seconds,
+        codegen=compiled.sizes is not None,
+    )
+
+
+def _use(compiled: Compiled) -> HeapUse:
+    if compiled.hlo is not None:
+        return heap_use(compiled.hlo, compiled.facts["weight_shapes"])
+    sizes = compiled.sizes or {}
+    outputs = sizes["output"] - sizes["alias"]
+    return HeapUse(sizes["argument"], sizes["temp"], outputs, 0, 0, sizes["temp"], 0, ())
+
+
+def axes_across_slices(topology: Topology, mesh: dict[str, int]) -> frozenset[str]:
+    """The mesh axes that span slices: the outermost ones, as `fathom.mesh.make_mesh` lays them out."""
+    found, left = set(), topology.slices
+    for axis, size in mesh.items():
+        if math.gcd(size, left) > 1:
+            found.add(axis)
+            left //= math.gcd(size, left)
+    return frozenset(found)
+
+
+def remat_factor(recipe: Recipe) -> float:
+    """What recomputation makes of the model's formula: (backward's two passes + the forward's) / 3, nan where a policy
+    keeps a part of the products only."""
+    config = recipe.model_spec().config
+    plan_ = getattr(config, "plan", None)
+    passes = forward_passes(recipe.model.remat, getattr(plan_, "unit", 1) or 1)
+    return math.nan if passes is None else (2.0 + passes) / 3.0
+
+
+CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("model.remat=full", {"model": {"remat": "full"}}),
+    ("model.remat=unit", {"model": {"remat": "unit"}}),
+    ("optimizer.momentum_dtype=bfloat16", {"optimizer": {"momentum_dtype": "bfloat16"}}),
+    (
+        "model.remat=unit optimizer.momentum_dtype=bfloat16",
+        {"model": {"remat": "unit"}, "optimizer": {"momentum_dtype": "bfloat16"}},
+    ),
+)
+"""What saves memory without another mesh, the cheapest first."""
+
+
+def _advice(recipe: Recipe, topology: str, report: PlanReport, progress: Progress) -> Iterator[str]:
+    """What each of the changes comes to, until one fits."""
+    yield f"it needs {(report.total - (report.limit or 0)) / GIB:.2f} GiB less; tried:"
+    for text, values in _changes(recipe):
+        progress(f"does it fit with {text}?")
+        changed = compile_report(changed_recipe(recipe, values), "", topology)
+        yield f"  {text}: {changed.total / GIB:.2f} GiB, {'fits' if changed.fits else 'does not fit'}"
+        if changed.fits:
+            return
+    yield "  none of these fits: take more chips, or cut the sequence or the experts over more of them"
+
+
+def _changes(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
+    for text, values in CHANGES:
+        if changed_recipe(recipe, values) != recipe:
+            yield text, values
+    accumulation = recipe.train.accumulation
+    if recipe.data.batch_size % (2 * _row_unit(recipe)) == 0:
+        yield f"train.accumulation={2 * accumulation}", {"train": {"accumulation": 2 * accumulation}}
+
+
+def changed_recipe(recipe: Recipe, values: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe with these keys of its blocks changed."""
+    written = recipe.to_dict()
+    for block, changes in values.items():
+        written[block] = {**written[block], **changes}
+    return Recipe.model_validate(written)
+
+
+def largest_fit(
+    recipe: Recipe, topology: str, what: str, first: PlanReport, progress: Progress
+) -> dict[str, Any]:
+    """The most rows, or the longest sequence, that fit: doubled or halved, then bisected.
+
+    Rows are tried in multiples of what the mesh and `train.accumulation` cut them into, lengths in eighths of the
+    recipe's own.
+    """
+    key = "batch_size" if what == "batch" else "sequence_length"
+    own = getattr(recipe.data, key)
+    unit = _row_unit(recipe) if what == "batch" else max(own // 8, 1)
+    tried: dict[int, PlanReport] = {own: first}
+
+    def fits(count: int) -> bool:
+        size = count * unit
+        if size not in tried:
+            progress(f"does it fit with data.{key}={size}?")
+            changed = with_positions(recipe, size) if what == "sequence" else recipe
+            tried[size] = compile_report(changed_recipe(changed, {"data": {key: size}}), "", topology)
+        return tried[size].fits
+
+    _search(own // unit, fits)
+    best = max((size for size, report in tried.items() if report.fits), default=0)
+    return {
+        "what": "data." + key,
+        "value": best,
+        "total": tried[best].total if best else 0,
+        "tried": {size: {"total": r.total, "fits": r.fits} for size, r in sorted(tried.items())},
+    }
+
+
+def _row_unit(recipe: Recipe) -> int:
+    """The rows of a step come in multiples of this: row shards times microbatches."""
+    spec = recipe.model_spec()
+    axes = spec.preset(recipe.mesh.preset)["act_batch"] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    return math.prod(recipe.mesh.shape[axis] for axis in axes) * recipe.train.accumulation
+
+
+def with_positions(recipe: Recipe, length: int) -> Recipe:
+    """The recipe, its model allowing as many positions as that."""
+    config = recipe.model_spec().config
+    if getattr(config, "max_position_embeddings", length) >= length:
+        return recipe
+    written = {**recipe.model.config, "max_position_embeddings": length}
+    return changed_recipe(recipe, {"model": {"config": written}})
+
+
+def _search(own: int, fits: Callable[[int], bool]) -> None:
+    """Asks about counts from `own` up or down by factors of two, and then between, down to an eighth or to one."""
+    low, high = 0, None
+    count = own
+    for _ in range(MOST_DOUBLINGS):
+        if fits(count):
+            low = count
+        else:
+            high = count
+        if (low and high) or (high == 1):
+            break
+        count = low * 2 if low else max(high // 2, 1)
+    while low and high and high - low > max(low // 8, 1):
+        count = (low + high) // 2
+        if fits(count):
+            low = count
+        else:
+            high = count
+
+
+def _replace(report: PlanReport, **changes: Any) -> PlanReport:
+    return dataclasses.replace(report, **changes)
