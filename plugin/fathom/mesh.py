@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -66,7 +67,31 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     auto = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices > 1:
+        across = _across_slices(sizes, slices)
+        inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=auto)
     return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+
+
+def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """How many slices each axis spans: the outermost axes first, for what crosses between slices is slow.
+
+    Raises:
+      ValueError: when the axes cannot be cut at the slices' borders.
+    """
+    across, left = [], slices
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"the mesh ({named}) cannot be laid over {slices} slices; make its outermost axis, data, a multiple of "
+            f"{slices}"
+        )
+    return tuple(across)
 
 
 def simulate_devices(count: int) -> None:
