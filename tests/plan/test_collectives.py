@@ -99,14 +99,21 @@ def test_groups_of_devices_in_either_form():
     for ids in ([0, 2], [1, 3]):
         listed.device_list.replica_groups.add(replica_ids=ids)
     iota = _CLASSES["Instruction"]()
-    iota.device_list.iota.iota_reshape_dims.extend([2, 2])
-    iota.device_list.iota.iota_transpose_perm.extend([1, 0])
-    iota.device_list.iota.num_replica_groups, iota.device_list.iota.num_devices_per_group = 2, 2
+    iota.iota_groups.iota_reshape_dims.extend([2, 2])
+    iota.iota_groups.iota_transpose_perm.extend([1, 0])
+    iota.iota_groups.num_replica_groups, iota.iota_groups.num_devices_per_group = 2, 2
     assert collectives._groups(listed, 4) == collectives._groups(iota, 4) == [[0, 2], [1, 3]]
     assert collectives._groups(_CLASSES["Instruction"](), 4) == [[0, 1, 2, 3]]
-    unknown = _CLASSES["Instruction"](name="all-gather.1")
-    unknown.device_list.mesh_axes = b"x"
-    with pytest.raises(ValueError, match="all-gather.1.*mesh axes"):
-        collectives._groups(unknown, 4)
+    meshed = _CLASSES["Instruction"]()
+    for size in (2, 4):
+        meshed.mesh_groups.mesh.axes.add(name="axis", size=size)
+    meshed.mesh_groups.axes.add(mesh_axis_index=0)
+    assert collectives._groups(meshed, 8) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    part = meshed.mesh_groups.axes.add(mesh_axis_index=1).sub_axis  # the outer half of four devices
+    part.pre_size, part.size = 1, 2
+    assert collectives._groups(meshed, 8) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    data = _CLASSES["Instruction"](name="all-gather.1").SerializeToString() + b"\xf2\x05\x01x"  # field 94
+    with pytest.raises(ValueError, match=r"all-gather.1.*fields \[94\]"):
+        collectives._groups(_CLASSES["Instruction"].FromString(data), 8)
     assert collectives._axes([[0, 2]], SHAPE) == ("fsdp",)
     assert collectives._axes(np.arange(8).reshape(1, 8), SHAPE) == ("fsdp", "expert")

@@ -139,7 +139,7 @@ class _Names:
     def _name(self, instruction: Any) -> str:
         named = instruction
         for _ in range(8):  # through the tuple that a loop takes, and the two halves of a copy
-            if named is None or named.metadata.op_name:
+            if named is None or "/" in named.metadata.op_name:  # others are the compiler's own
                 break
             named = self.user.get(named.id)
         return instruction.name if named is None else named.metadata.op_name or instruction.name

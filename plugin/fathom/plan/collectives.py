@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from fathom.plan.hlo_proto import shape_bytes
+from fathom.plan.hlo_proto import NEWEST_FIELD, shape_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -105,17 +106,43 @@ def _groups(instruction: Any, devices: int) -> list[list[int]]:
     if instruction.source_target_pairs:
         pairs = [[pair.source, pair.target] for pair in instruction.source_target_pairs]
         return [pair for pair in pairs if pair[0] != pair[1]] or [[0]]
+    unknown = [field.field_number for field in UnknownFieldSet(instruction) if field.field_number > NEWEST_FIELD]
+    if unknown:
+        raise ValueError(
+            f"{instruction.name}: the compiler writes fields {unknown} of an instruction, which are not known here; "
+            "its groups of devices may be among them"
+        )
+    if instruction.mesh_groups.axes:
+        return _mesh_groups(instruction.mesh_groups)
     found = instruction.device_list
-    if found.mesh_axes:
-        raise ValueError(f"{instruction.name}: its groups of devices are given by mesh axes, which is not known here")
-    if found.iota.num_replica_groups:
-        iota = found.iota
+    iota = instruction.iota_groups if instruction.iota_groups.num_replica_groups else found.iota
+    if iota.num_replica_groups:
         shape, order = list(iota.iota_reshape_dims), list(iota.iota_transpose_perm)
         ids = np.arange(math.prod(shape)).reshape(shape)
         ids = ids.transpose(order) if order else ids
         return ids.reshape(iota.num_replica_groups, iota.num_devices_per_group).tolist()
     listed = [list(group.replica_ids) for group in (found.replica_groups or instruction.replica_groups)]
     return [group for group in listed if group] or [list(range(devices))]
+
+
+def _mesh_groups(found: Any) -> list[list[int]]:
+    """Groups that are told as the axes of a mesh along which their devices differ, or as parts of such axes."""
+    sizes = [axis.size for axis in found.mesh.axes]
+    ids = np.array(found.mesh.device_ids or range(math.prod(sizes))).reshape(sizes)
+    pieces: list[list[int]] = [[size] for size in sizes]
+    within: list[list[int]] = [[] for _ in sizes]
+    for reference in found.axes:
+        axis, part = reference.mesh_axis_index, reference.sub_axis
+        if part.size:
+            pieces[axis] = [part.pre_size, part.size, sizes[axis] // (part.pre_size * part.size)]
+        within[axis].append(1 if part.size else 0)
+    if any(len(inside) > 1 for inside in within):
+        raise ValueError("a collective's groups take an axis of the mesh in several pieces, which is not known here")
+    starts = np.cumsum([0, *map(len, pieces)])
+    inside = [int(start + piece) for start, found_in in zip(starts, within, strict=False) for piece in found_in]
+    cut = ids.reshape([size for piece in pieces for size in piece])
+    outside = [i for i in range(cut.ndim) if i not in inside]
+    return cut.transpose(outside + inside).reshape(-1, math.prod(cut.shape[i] for i in inside)).tolist()
 
 
 def _axes(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

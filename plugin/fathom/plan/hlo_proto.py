@@ -21,16 +21,20 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
     "ReplicaGroup": {"replica_ids": (1, _INTEGER, True)},
     "SourceTarget": {"source": (1, _INTEGER, False), "target": (2, _INTEGER, False)},
     "IotaGroups": {
-        "iota_reshape_dims": (1, _INTEGER, True),
-        "iota_transpose_perm": (2, _INTEGER, True),
-        "num_replica_groups": (3, _INTEGER, False),
-        "num_devices_per_group": (4, _INTEGER, False),
+        "num_replica_groups": (1, _INTEGER, False),
+        "num_devices_per_group": (2, _INTEGER, False),
+        "iota_reshape_dims": (3, _INTEGER, True),
+        "iota_transpose_perm": (4, _INTEGER, True),
     },
     "DeviceList": {
         "replica_groups": (1, "ReplicaGroup", True),
         "iota": (2, "IotaGroups", False),
-        "mesh_axes": (3, _BYTES, False),
     },
+    "MeshAxis": {"name": (1, _TEXT, False), "size": (2, _INTEGER, False)},
+    "DeviceMesh": {"axes": (1, "MeshAxis", True), "device_ids": (2, _INTEGER, True)},
+    "SubAxis": {"pre_size": (1, _INTEGER, False), "size": (2, _INTEGER, False)},
+    "AxisRef": {"mesh_axis_index": (1, _INTEGER, False), "sub_axis": (2, "SubAxis", False)},
+    "MeshGroups": {"mesh": (1, "DeviceMesh", False), "axes": (2, "AxisRef", True)},
     "Literal": {"s32s": (4, _INTEGER, True), "s64s": (5, _INTEGER, True), "u32s": (6, _INTEGER, True)},
     "Instruction": {
         "name": (1, _TEXT, False),
@@ -49,6 +53,8 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "source_target_pairs": (52, "SourceTarget", True),
         "comparison_direction": (63, _TEXT, False),
         "device_list": (87, "DeviceList", False),
+        "iota_groups": (92, "IotaGroups", False),
+        "mesh_groups": (93, "MeshGroups", False),
     },
     "Computation": {
         "name": (1, _TEXT, False),
@@ -131,6 +137,9 @@ def parse_module(data: bytes):
     """An HloModuleProto, as an executable of JAX serialises its own."""
     return _CLASSES["Module"].FromString(data)
 
+
+NEWEST_FIELD = 93
+"""Of an instruction, when this was written: a higher one may say what the ones here used to."""
 
 ELEMENT_BITS = {
     1: 8, 2: 8, 3: 16, 4: 32, 5: 64, 6: 8, 7: 16, 8: 32, 9: 64, 10: 16, 11: 32, 12: 64, 15: 64, 16: 16, 18: 128,

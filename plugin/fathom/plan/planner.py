@@ -97,7 +97,11 @@ def compile_report(
     recipe: Recipe, stage: str, topology: str, codegen: bool = False, progress: Progress = lambda text: None
 ) -> PlanReport:
     """One compilation and what it tells."""
-    compiled = compile_step(recipe, topology, codegen=codegen, progress=progress)
+    return make_report(recipe, stage, topology, compile_step(recipe, topology, codegen=codegen, progress=progress))
+
+
+def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -> PlanReport:
+    """What a compilation tells of a recipe."""
     slice_ = None if topology == "cpu" else parse_topology(topology)
     facts = compiled.facts
     use = _use(compiled)

@@ -1,0 +1,178 @@
+"""Plans of a small model for slices that are not there: the figures against the compiler's own, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import fathom
+from fathom.cli import main
+from fathom.plan import planner
+from fathom.plan.compiler import compile_step
+from fathom.plan.report import PARTS, PlanReport
+from fathom.recipe import Recipe, RecipeError
+from fathom.recipe_files import recipe_names
+from fathom.topology import GENERATIONS, TopologyError, parse_topology
+from fathom.zoo import get
+
+pytestmark = pytest.mark.xdist_group("libtpu")
+
+SMALL = {
+    "name": "small",
+    "model": {
+        "name": "deepseek-v4-tiny",
+        "config": {
+            "attention_kinds": ["hca"],
+            "compress_ratios": [8],
+            "router_kinds": ["learned"],
+            "num_mtp_layers": 0,
+        },
+        "remat": "sublayers",
+    },
+    "data": {"path": ".", "sequence_length": 512, "batch_size": 16},
+    "optimizer": {"name": "muon", "learning_rate": 1e-3},
+    "mesh": {"fsdp": 2, "expert": 2, "topology": "v5p:2x2x1"},
+    "train": {"steps": 10},
+}
+
+
+def recipe(**blocks) -> Recipe:
+    return Recipe.model_validate({**SMALL, **{k: {**SMALL[k], **v} for k, v in blocks.items()}})
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Compiled to machine code, so that the executable tells its own figures too."""
+    return compile_step(recipe(), "v5p:2x2x1", codegen=True)
+
+
+@pytest.fixture(scope="module")
+def report(whole):
+    return planner.make_report(recipe(), "", "v5p:2x2x1", whole)
+
+
+def test_memory_is_the_executables_own(whole, report):
+    sizes = whole.sizes
+    assert report.memory.keys() == PARTS.keys() and sum(report.memory.values()) == report.total
+    arguments = sum(report.memory[part] for part in ("weights", "optimizer", "other"))
+    assert arguments == pytest.approx(sizes["argument"] + sizes["output"] - sizes["alias"], rel=0.02)
+    temporaries = sum(report.memory[part] for part in ("gradients", "activations", "working", "gaps"))
+    assert temporaries == pytest.approx(sizes["temp"], rel=0.02)
+    assert min(report.memory.values()) >= 0 and report.fits
+    assert report.limit == GENERATIONS["v5p"].hbm_bytes
+
+
+def test_parameters_are_the_formulas_exactly_and_operations_within_a_twentieth(report):
+    spec = recipe().model_spec()
+    assert report.parameters == report.formula_parameters == spec.num_params(spec.config).total
+    assert report.tokens == 16 * 512
+    assert report.model_flops == spec.flops_per_token(spec.config, 512) * report.tokens
+
+
+def test_weights_and_moments_are_counted_by_their_shards(report):
+    # All are float32; Muon has one moment for a matrix, AdamW two for the rest; nothing small enough matters here.
+    rows = report.rows_of_parameters
+    muon = sum(row["elements"] for row in rows if row["optimizer"].startswith("muon"))
+    adamw = sum(row["elements"] for row in rows if row["optimizer"].startswith("adamw"))
+    assert 4 * (muon + adamw) / 4 <= report.memory["weights"] <= 4 * (muon + adamw)
+    assert report.memory["optimizer"] < 2 * report.memory["weights"]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["layers/attn/wq_a/weight"]["optimizer"] == "muon"
+    assert by_name["embed/weight"]["optimizer"].startswith("adamw")
+    assert by_name["layers/ffn/experts/w1"]["matrix"].endswith("of them")
+
+
+def test_text_json_and_picture(report, tmp_path):
+    text = report.to_text()
+    assert "fits" in text and "a step takes at least" in text and "layers/ffn/experts/w1" in text
+    report.write_json(tmp_path / "plan.json")
+    read = json.loads((tmp_path / "plan.json").read_text())
+    assert read["total"] == report.total and read["bound"]["limited_by"] in ("compute", "network", "memory")
+    report.draw(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_buffers_are_known_without_machine_code(whole, report):
+    early = planner.compile_report(recipe(), "", "v5p:2x2x1")
+    assert not early.codegen and report.codegen
+    assert (early.total, early.memory, early.traffic) == (report.total, report.memory, report.traffic)
+
+
+def test_what_does_not_fit_is_told_and_what_would(monkeypatch):
+    large = recipe(
+        model={"remat": "none"},
+        data={"sequence_length": 4096, "batch_size": 8192},
+        mesh={"topology": "v5e:2x2"},
+    )
+    tried = []
+
+    def changed(recipe, stage, topology, *rest):
+        tried.append(recipe.model.remat)
+        return dataclasses.replace(first, total=first.limit - 1, fits=recipe.model.remat == "unit")
+
+    first = planner.plan(large, advise=False)[0]
+    assert not first.fits and first.total > first.limit == GENERATIONS["v5e"].hbm_bytes
+    assert "does NOT fit" in first.to_text()
+    monkeypatch.setattr(planner, "compile_report", changed)
+    lines = list(planner._advice(large, "v5e:2x2", first, lambda text: None))
+    assert tried == ["full", "unit"] and lines[-1].startswith("  model.remat=unit") and lines[-1].endswith("fits")
+
+
+@pytest.mark.parametrize(("limit", "best"), [(23, 22), (16, 16), (7, 6), (1, 0)])
+def test_the_largest_that_fits(monkeypatch, limit, best):
+    def compiled(recipe, *rest):
+        rows = recipe.data.batch_size
+        return dataclasses.replace(blank(), total=rows, fits=rows <= limit)
+
+    monkeypatch.setattr(planner, "compile_report", compiled)
+    first = compiled(recipe())
+    found = planner.largest_fit(recipe(), "v5p:2x2x1", "batch", first, lambda text: None)
+    assert best - best // 8 <= found["value"] <= limit and found["value"] % 4 == 0 or found["value"] == 0
+    assert all(size % 4 == 0 for size in found["tried"])
+
+
+def blank() -> PlanReport:
+    values = {field.name: None for field in dataclasses.fields(PlanReport) if field.default is dataclasses.MISSING}
+    return PlanReport(**values)
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5q:2x2x1", "generation 'v5q'.*did you mean v5p"),
+        ("v5p:4x4", "2 dimensions, TPU v5p has 3"),
+        ("v5p:3x2x1", "do not fill it.*v5p:4x2x1"),
+        ("512", "expected a generation and its chips"),
+    ],
+)
+def test_topologies_that_are_none(topology, said):
+    with pytest.raises(TopologyError, match=said):
+        fathom.plan(recipe(), topology=topology)
+
+
+def test_a_slice_that_the_mesh_does_not_fill():
+    with pytest.raises(RecipeError, match="needs 4 devices.*8 devices, those of v5p:2x2x2"):
+        fathom.plan(recipe(), topology="v5p:2x2x2")
+    with pytest.raises(ValueError, match="mesh.topology"):
+        recipe(mesh={"topology": "v6e:4x4"}).check(4)
+
+
+def test_the_command_refuses_in_one_line(capsys, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({k: v for k, v in SMALL.items() if k != "name"}))
+    assert main(["plan", str(path), "--topology", "v5p:2x2"]) == 2
+    assert "2 dimensions" in capsys.readouterr().err
+    assert main(["plan", str(path), "--stage", "3"]) == 2
+    assert "--stage: found 3, expected 1 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("tiny")])
+def test_full_size_recipes_fill_their_slices(name):
+    read = fathom.load_recipe(name)
+    slice_ = parse_topology(read.mesh.topology)
+    assert slice_.devices == math.prod(read.mesh.shape.values())
+    read.check(slice_.devices)
+    assert get(read.model.name)
