@@ -137,12 +137,13 @@ class _Names:
         return "" if instruction is None else self._name(instruction)
 
     def _name(self, instruction: Any) -> str:
-        named = instruction
-        for _ in range(8):  # through the tuple that a loop takes, and the two halves of a copy
-            if named is None or "/" in named.metadata.op_name:  # others are the compiler's own
+        """Its own name if that tells forward from backward, else that of what uses it, through tuples and copies."""
+        named, found = instruction, instruction.metadata.op_name
+        for _ in range(8):
+            if named is None or "jvp(" in named.metadata.op_name:
                 break
             named = self.user.get(named.id)
-        return instruction.name if named is None else named.metadata.op_name or instruction.name
+        return named.metadata.op_name if named is not None and named.metadata.op_name else found or instruction.name
 
     def of_buffer(self, number: int) -> tuple[str, Any]:
         """(name, shape or None)."""

@@ -1,0 +1,26 @@
+"""Every full-size recipe compiles for its slice and fits: `pytest -m slow tests/plan/test_full_size.py`.
+
+The figures are kept in BENCHMARKS.md and in the recipes' first lines.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import fathom
+from fathom.recipe_files import recipe_names
+
+FULL_SIZE = [name for name in recipe_names() if not name.startswith("tiny")]
+STAGES = [(name, stage) for name in FULL_SIZE for stage in range(1, max(len(fathom.load_recipe(name).stages), 1) + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), STAGES)
+def test_fits(name, stage):
+    report = fathom.plan(fathom.load_recipe(name), stage=stage, advise=False)
+    print("\n" + report.to_text(parameters=False))
+    assert report.fits
+    assert report.parameters == report.formula_parameters
+    # The formula counts attention to what is selected and no loss of the indexers; the program also multiplies what
+    # its masks and blocks hold beside it, and Muon's products.
+    assert 0.97 < report.flops / report.model_flops / report.remat_factor < 1.35
