@@ -5,7 +5,7 @@ Every preset knows every logical axis that the model's weights and activations n
 
 from __future__ import annotations
 
-from fathom.models.presets import long_preset
+from fathom.models.presets import presets
 
 DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -35,4 +35,4 @@ DEFAULT: dict[str, str | tuple[str, ...] | None] = {
     "act_vocab": "tensor",
 }
 
-PRESETS = {"default": DEFAULT, "long": long_preset(DEFAULT)}
+PRESETS = presets(DEFAULT)
