@@ -72,7 +72,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         across = _across_slices(sizes, slices)
         inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
         return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=auto)
-    return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # 4 x 16 on a torus of 8 x 8: an axis of the mesh takes a part of one of the torus
+        laid_out = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(laid_out, AXES, axis_types=auto)
 
 
 def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:

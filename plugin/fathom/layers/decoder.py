@@ -6,6 +6,7 @@ Letters: B batch, S sequence, D hidden, n streams, V vocab, E experts.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fathom.layers.embedding import Embedding
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import normal, param
 from fathom.layers.remat import remat, remat_unit
-from fathom.mesh import constrain
+from fathom.mesh import constrain, variable_axes
 from fathom.ops.precision import precision_of
 
 
@@ -142,6 +143,8 @@ class Decoder(nnx.Module):
     def run_block(self, block: nnx.Module, x: jax.Array, inputs: Any) -> tuple[jax.Array, dict]:
         """One block under the options' policy of activation checkpointing."""
         graphdef, state = nnx.split(block)
+        if self.options.stage != "indexer-warmup":  # there almost everything is frozen, and has no gradient to settle
+            state, x = _settle_gradients(state, x)
 
         def run(state, x, inputs):
             return nnx.merge(graphdef, _cast_late(state, x.dtype))(x, inputs)
@@ -251,6 +254,39 @@ def _cast_late(state: nnx.State, dtype: jnp.dtype) -> nnx.State:
     for i in cast:
         leaves[i] = leaves[i] * one
     return structure.unflatten(leaves)
+
+
+def _settle_gradients(state: nnx.State, x: jax.Array) -> tuple[nnx.State, jax.Array]:
+    """(state, x), of which no gradient is passed on before all are there, each weight's laid out as the weight is.
+
+    A device's gradients of its experts are as large as the experts whole. The compiler would go on to the block before
+    and add them up over devices some time later: as many times the memory as blocks are unrolled.
+    """
+    variables = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    leaves, structure = jax.tree.flatten(state)
+    chosen = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    axes = []
+    for i in chosen:
+        own = variable_axes(variables[i]) or (None,) * leaves[i].ndim
+        axes.append(tuple(own[len(own) - leaves[i].ndim :]))  # a scan has taken the axis of the layers off
+    *settled, x = _settled(tuple(axes), *(leaves[i] for i in chosen), x)
+    for i, leaf in zip(chosen, settled, strict=True):
+        leaves[i] = leaf
+    return structure.unflatten(leaves), x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _settled(axes: tuple[tuple[str | None, ...], ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return arrays
+
+
+def _settled_backward(axes, _, gradients):
+    *weights, dx = gradients
+    laid_out = [constrain(dw, names) for dw, names in zip(weights, axes, strict=True)]
+    return tuple(jax.lax.optimization_barrier((*laid_out, dx)))
+
+
+_settled.defvjp(lambda axes, *arrays: (arrays, None), _settled_backward)
 
 
 def check_tokens(tokens: jax.Array, vocab_size: int) -> None:
