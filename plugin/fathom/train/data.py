@@ -1,8 +1,9 @@
 """Text to packed rows: a deterministic stream of batches per shard, which resumes exactly at any step.
 
 documents -> holdout split -> shuffle, anew each epoch -> one shard's documents -> tokens + EOS -> rows
-of sequence_length -> batches. Everything is a function of the settings and a position, so that the
-state in a checkpoint is a few numbers. Processes that feed the same rows of the batch read the same shard.
+of sequence_length -> batches. Of conversations (`fathom.train.chat`) a batch also says which tokens are
+trained. Everything is a function of the settings and a position, so that the state in a checkpoint is a
+few numbers. Processes that feed the same rows of the batch read the same shard.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from fathom.train.sources import SOURCES, DataError, Documents, FileEntry, open_documents
+from fathom.train.chat import (
+    CHAT,
+    ENCODING,
+    THINKING_MODES,
+    ChatTokenizer,
+    conversation_of,
+    loss_mask,
+    record_reader,
+    render,
+)
+from fathom.train.json_records import DataError
+from fathom.train.sources import SOURCES, Documents, FileEntry, open_documents
 from fathom.train.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 __all__ = ["DataError", "Loader", "batch_hash", "load_tokenizer", "make_loader"]
@@ -47,6 +59,7 @@ class DataSettings(Protocol):
     pattern: str
     exclude: tuple[str, ...]
     field: str
+    thinking_mode: str | None
     tokenizer: str
     sequence_length: int
     batch_size: int
@@ -76,7 +89,8 @@ def make_loader(
         tokenizer with ids that the model does not have, fewer documents than shards.
     """
     _check_settings(block, shard_index, shard_count, split)
-    tokenizer = load_tokenizer(block.tokenizer)
+    chat = block.source == CHAT
+    tokenizer = ChatTokenizer(block.tokenizer) if chat else load_tokenizer(block.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {block.tokenizer} has ids up to {tokenizer.vocab_size - 1}, the model's "
@@ -90,6 +104,7 @@ def make_loader(
         field=block.field,
         max_bytes=block.max_bytes,
         needs_text=tokenizer.needs_text,
+        read_chat=record_reader(block.thinking_mode) if chat else None,
     )
     indices = _select(documents, block, split, shard_count)
     return Loader(block, documents, indices, tokenizer, vocab_size, shard_index, shard_count, split)
@@ -101,6 +116,7 @@ class Loader:
     Iterating yields dicts of "tokens", "segment_ids" and "positions", each [B, S] int32 with
     B = batch_size / shard_count. Segments are documents, or the pieces of one that was split between
     rows: counted from 1 in each row, positions from 0 in each segment, 0 and 0 at padding (token 0).
+    Of conversations also "loss_mask", [B, S] int32: 1 where the next token is one that is trained.
 
     Attributes:
       tokenizer: see `fathom.train.tokenizers.Tokenizer`.
@@ -132,7 +148,7 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
-        source = _TokenSource(documents, indices, tokenizer)
+        source = _source(documents, indices, tokenizer, block)
         # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
         ahead = tokenizer.needs_text or block.source == "array_record"
         self._rows = iter(_row_dataset(source, block, shard_index, shard_count, ahead))
@@ -155,6 +171,8 @@ class Loader:
                 ("positions", "tokens_positions"),
             )
         }
+        if "trained" in rows[0]:
+            batch["loss_mask"] = loss_mask(batch, np.stack([row["trained"] for row in rows]))
         _check_ids(batch["tokens"], self._vocab_size, self.step + 1)
         self.step += 1
         return batch
@@ -262,6 +280,9 @@ def _check_settings(block: DataSettings, shard_index: int, shard_count: int, spl
         ("shard_index", shard_index, 0 <= shard_index < shard_count, f"below {shard_count}"),
         ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
     ]
+    if block.source == CHAT:
+        mode, modes = block.thinking_mode, ", ".join(THINKING_MODES)
+        wanted.append(("data.thinking_mode", mode, mode in THINKING_MODES, f"one of {modes}"))
     problems = [f"{key} is {found!r}, expected {text}" for key, found, ok, text in wanted if not ok]
     if split == "holdout" and block.holdout == 0:
         problems.append("data.holdout is 0: no documents are held out; set it, 0.01 for one in a hundred")
@@ -323,6 +344,29 @@ class _TokenSource:
         return {"tokens": tokens}
 
 
+class _ChatSource(_TokenSource):
+    """As `_TokenSource`, of conversations; also "trained", 1 for each token that is."""
+
+    def __init__(self, documents: Documents, indices: np.ndarray, tokenizer: ChatTokenizer, thinking_mode: str):
+        super().__init__(documents, indices, tokenizer)
+        self._thinking_mode = thinking_mode
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document = int(self._indices[index])
+        pieces = render(conversation_of(self._documents.read(document)), self._thinking_mode)
+        try:
+            tokens, trained = self._tokenizer.encode_pieces(pieces)
+        except DataError as error:
+            raise DataError(f"{self._documents.name(document)}: {error}") from None
+        return {"tokens": tokens, "trained": trained}
+
+
+def _source(documents: Documents, indices: np.ndarray, tokenizer: Tokenizer, block: DataSettings) -> _TokenSource:
+    if block.source == CHAT:
+        return _ChatSource(documents, indices, tokenizer, block.thinking_mode)
+    return _TokenSource(documents, indices, tokenizer)
+
+
 class _Split(grain.experimental.FlatMapTransform):
     """Cuts a document into pieces of at most `length` tokens."""
 
@@ -332,21 +376,21 @@ class _Split(grain.experimental.FlatMapTransform):
         self._length = length
 
     def flat_map(self, element: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        tokens = element["tokens"]
-        return [{"tokens": tokens[i : i + self._length]} for i in range(0, len(tokens), self._length)]
+        starts = range(0, len(element["tokens"]), self._length)
+        return [{name: values[i : i + self._length] for name, values in element.items()} for i in starts]
 
 
 def _row_dataset(
     source: _TokenSource, block: DataSettings, shard_index: int, shard_count: int, ahead: bool
 ) -> grain.IterDataset:
-    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions, each [S] int32, without end."""
+    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions (chat: trained), each [S] int32, without end."""
     length, seed = block.sequence_length, _seed32(block.seed)
     dataset = grain.MapDataset.source(source)
     if block.shuffle:
         dataset = dataset.shuffle(seed=seed)
     dataset = dataset[shard_index::shard_count].repeat()
     if block.packing == "none":
-        dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
+        dataset = dataset.map(lambda element: _one_row(element, length))
     threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD if ahead else 0)
     rows = _packed(dataset.to_iter_dataset(options), block, seed)
@@ -360,9 +404,11 @@ def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.It
     length = block.sequence_length
     if block.packing == "none":
         return rows
-    lengths = {"tokens": length}
+    # Cut and laid out as the tokens are, but without segments and positions of their own.
+    beside = ("trained",) if block.source == CHAT else ()
+    lengths = dict.fromkeys(("tokens", *beside), length)
     if block.packing == "concat_split":
-        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths)
+        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths, meta_features=beside)
     packers = {
         "first_fit": grain.experimental.FirstFitPackIterDataset,
         "best_fit": grain.experimental.BestFitPackIterDataset,
@@ -370,17 +416,19 @@ def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.It
     return packers[block.packing](
         grain.experimental.FlatMapIterDataset(rows, _Split(length)),
         length_struct=lengths,
+        meta_features=beside,
         num_packing_bins=PACKING_BINS,
         seed=seed,
         shuffle_bins=block.shuffle,
     )
 
 
-def _one_row(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
+def _one_row(document: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
     """A document cut or padded to a row."""
-    count = min(len(tokens), length)
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "tokens_segment_ids", "tokens_positions")}
-    row["tokens"][:count] = tokens[:count]
+    count = min(len(document["tokens"]), length)
+    row = {name: np.zeros(length, np.int32) for name in (*document, "tokens_segment_ids", "tokens_positions")}
+    for name, values in document.items():
+        row[name][:count] = values[:count]
     row["tokens_segment_ids"][:count] = 1
     row["tokens_positions"][:count] = np.arange(count)
     return row
@@ -425,6 +473,8 @@ def _fingerprint(block: DataSettings, documents: Documents, tokenizer: Tokenizer
         "holdout": block.holdout,
         "max_bytes": block.max_bytes,
     }
+    if block.source == CHAT:
+        settings |= {"thinking_mode": block.thinking_mode, "chat_encoding": ENCODING}
 
     def describe(file: FileEntry) -> dict[str, Any]:
         return {"bytes": file.size, "blake2b": file.digest, "hashed": file.hashed}
