@@ -141,6 +141,7 @@ class Loader:
         self.step = 0
         self.num_documents = len(indices)
         self._vocab_size = vocab_size
+        self._marked = block.source == CHAT
         self._local_rows = block.batch_size // shard_count
         self._identity = {
             "version": STATE_VERSION,
@@ -171,8 +172,9 @@ class Loader:
                 ("positions", "tokens_positions"),
             )
         }
-        if "trained" in rows[0]:
-            batch["loss_mask"] = loss_mask(batch, np.stack([row["trained"] for row in rows]))
+        if self._marked:
+            batch["tokens"], trained = batch["tokens"] >> 1, batch["tokens"] & 1
+            batch["loss_mask"] = loss_mask(batch, trained)
         _check_ids(batch["tokens"], self._vocab_size, self.step + 1)
         self.step += 1
         return batch
@@ -345,7 +347,11 @@ class _TokenSource:
 
 
 class _ChatSource(_TokenSource):
-    """As `_TokenSource`, of conversations; also "trained", 1 for each token that is."""
+    """As `_TokenSource`, of conversations; the lowest bit of 2 * id + 1 says that a token is trained.
+
+    As one array it is shuffled, cut and laid into rows, and its state saved, just as other documents are: beside an
+    array of their own grain's ConcatThenSplit fails on documents longer than a row.
+    """
 
     def __init__(self, documents: Documents, indices: np.ndarray, tokenizer: ChatTokenizer, thinking_mode: str):
         super().__init__(documents, indices, tokenizer)
@@ -358,7 +364,7 @@ class _ChatSource(_TokenSource):
             tokens, trained = self._tokenizer.encode_pieces(pieces)
         except DataError as error:
             raise DataError(f"{self._documents.name(document)}: {error}") from None
-        return {"tokens": tokens, "trained": trained}
+        return {"tokens": 2 * tokens + trained}
 
 
 def _source(documents: Documents, indices: np.ndarray, tokenizer: Tokenizer, block: DataSettings) -> _TokenSource:
@@ -376,21 +382,21 @@ class _Split(grain.experimental.FlatMapTransform):
         self._length = length
 
     def flat_map(self, element: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        starts = range(0, len(element["tokens"]), self._length)
-        return [{name: values[i : i + self._length] for name, values in element.items()} for i in starts]
+        tokens = element["tokens"]
+        return [{"tokens": tokens[i : i + self._length]} for i in range(0, len(tokens), self._length)]
 
 
 def _row_dataset(
     source: _TokenSource, block: DataSettings, shard_index: int, shard_count: int, ahead: bool
 ) -> grain.IterDataset:
-    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions (chat: trained), each [S] int32, without end."""
+    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions, each [S] int32, without end."""
     length, seed = block.sequence_length, _seed32(block.seed)
     dataset = grain.MapDataset.source(source)
     if block.shuffle:
         dataset = dataset.shuffle(seed=seed)
     dataset = dataset[shard_index::shard_count].repeat()
     if block.packing == "none":
-        dataset = dataset.map(lambda element: _one_row(element, length))
+        dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
     threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD if ahead else 0)
     rows = _packed(dataset.to_iter_dataset(options), block, seed)
@@ -404,11 +410,9 @@ def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.It
     length = block.sequence_length
     if block.packing == "none":
         return rows
-    # Cut and laid out as the tokens are, but without segments and positions of their own.
-    beside = ("trained",) if block.source == CHAT else ()
-    lengths = dict.fromkeys(("tokens", *beside), length)
+    lengths = {"tokens": length}
     if block.packing == "concat_split":
-        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths, meta_features=beside)
+        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths)
     packers = {
         "first_fit": grain.experimental.FirstFitPackIterDataset,
         "best_fit": grain.experimental.BestFitPackIterDataset,
@@ -416,19 +420,17 @@ def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.It
     return packers[block.packing](
         grain.experimental.FlatMapIterDataset(rows, _Split(length)),
         length_struct=lengths,
-        meta_features=beside,
         num_packing_bins=PACKING_BINS,
         seed=seed,
         shuffle_bins=block.shuffle,
     )
 
 
-def _one_row(document: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+def _one_row(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """A document cut or padded to a row."""
-    count = min(len(document["tokens"]), length)
-    row = {name: np.zeros(length, np.int32) for name in (*document, "tokens_segment_ids", "tokens_positions")}
-    for name, values in document.items():
-        row[name][:count] = values[:count]
+    count = min(len(tokens), length)
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "tokens_segment_ids", "tokens_positions")}
+    row["tokens"][:count] = tokens[:count]
     row["tokens_segment_ids"][:count] = 1
     row["tokens_positions"][:count] = np.arange(count)
     return row
