@@ -63,7 +63,8 @@ def mask_of(trained: list[int]) -> list[int]:
 def test_every_segment_has_the_mask_of_its_conversation(tmp_path, packing):
     """Longer ones than a row are cut like other documents: each piece has the mask of its own tokens."""
     chats = random_chats(40, longest=15, reasoning=True)
-    chats.append([{"role": "system", "content": "xyz" * 20}, *turn("a", "b", "c")])  # a first row with nothing trained
+    system = "".join(map(chr, range(33, 93)))  # longer than a row, which then has nothing to train on
+    chats.append([{"role": "system", "content": system}, *turn("a", "b", "c")])
     path = write_chats(tmp_path / "a.jsonl", chats)
     found = segments(take(open_loader(path, packing=packing, thinking_mode="thinking"), 60))
     whole = {tuple(tokens): trained for tokens, trained in (encoded(chat, "thinking") for chat in chats)}
