@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from fathom import zoo
-from fathom.recipe import Recipe
+from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_stages import stage_recipes
+from fathom.topology import parse_topology
+from fathom.train.data import make_loader
 from tests.train.small_recipe import SPEC
 from tests.train.test_recipe import problems_of, recipe_with
 from tests.train.test_tokenizers import train_bpe
@@ -45,3 +52,26 @@ def test_a_stage_of_conversations():
     stages = [{"until": 4}, {"until": 10, "data": {"source": "jsonl"}}]
     chat, text = (recipe.data for recipe in stage_recipes(recipe_with(data__source="chat", stages=stages)))
     assert (chat.field, text.field, text.thinking_mode) == ("messages", "text", None)
+
+
+@pytest.mark.parametrize("name", ["v4-flash-sft-32k-v5p", "v4-flash-continue-v5p"])
+def test_recipes_for_clusters_are_sound_where_their_files_are_not(name):
+    recipe = load_recipe(name)
+    recipe.check(parse_topology(recipe.mesh.topology).devices)
+    assert recipe.model.init.startswith("gs://") and recipe.data.tokenizer.startswith("gs://")
+
+
+def test_the_tiny_recipe_with_the_conversations_of_its_script(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "examples" / "make_chat_data.py"
+    path = tmp_path / "chat.jsonl"
+    subprocess.run([sys.executable, str(script), str(path), "--count", "200"], check=True, capture_output=True)
+    found = problems_of(load_recipe("tiny-v4-sft-cpu", [f"data.path={tmp_path}/no"]).check, 8)
+    assert list(found) == ["data.path"]
+    recipe = load_recipe("tiny-v4-sft-cpu", [f"data.path={path}"])
+    recipe.check(recipe.mesh.simulated_devices)
+    loader = make_loader(recipe.data, vocab_size=recipe.model_spec().config.vocab_size)
+    batch = next(loader)
+    assert batch["tokens"].shape == (16, 256) and 0.2 < batch["loss_mask"].mean() < 0.8
+    answers = loader.tokenizer.decode(np.roll(batch["tokens"], -1, axis=1)[batch["loss_mask"] == 1])
+    assert "says" in answers and "Together" in answers and "+" in answers and "?" not in answers
+    assert 257 in batch["tokens"] and 260 in batch["tokens"]  # ends of sentences, and thoughts
