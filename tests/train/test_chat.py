@@ -25,7 +25,7 @@ from tests.train.chats import turn, write_chat_tokenizer
 def pieces_of(messages, thinking_mode="chat"):
     """The pieces of a record, through all that a line goes through."""
     record = json.dumps({"messages": messages}).encode()
-    return render(conversation_of(record_reader(thinking_mode)(record, "messages", "file:1")), thinking_mode)
+    return render(conversation_of(record_reader(thinking_mode)(record, "messages", "file:1")))
 
 
 def text_of(pieces) -> str:
@@ -88,6 +88,9 @@ def test_equal_conversations_are_equal_documents():
     one = json.dumps({"messages": turn("a", "深")}).encode()
     other = json.dumps({"id": 5, "messages": turn("a", "深")}, ensure_ascii=False, indent=1).encode()
     assert one != other and read(one, "messages", "w") == read(other, "messages", "w")
+    reasoned = json.dumps({"messages": turn("a", "深", "r")}).encode()
+    assert read(reasoned, "messages", "w") == read(one, "messages", "w")
+    assert record_reader("mixed")(reasoned, "messages", "w") != read(one, "messages", "w")
 
 
 # --- Tokens ---------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ REFUSED_BESIDE = ("tools", "functions", "response_format")
 
 
 class Message(NamedTuple):
-    """One message: `reasoning` is None where there is none."""
+    """One message: `reasoning` is None where none is encoded."""
 
     role: str
     content: str
@@ -68,7 +68,8 @@ class Piece(NamedTuple):
 def record_reader(thinking_mode: str) -> RecordReader:
     """What `sources.JsonLines` calls for each line: (record, field, where) -> the conversation as JSON.
 
-    The result has the messages alone, so that it is equal for equal conversations; `conversation_of` reads it.
+    The result has nothing but what is encoded, so that it is equal for conversations that are; `conversation_of`
+    reads it.
     """
 
     def read(record: bytes, field: str, where: str) -> bytes:
@@ -88,8 +89,11 @@ def parse_record(record: bytes, field: str, where: str, thinking_mode: str) -> l
 
     Args:
       record: an object whose `field` is a list of {"role": ..., "content": ..., "reasoning_content": ...}, where the
-        last is an assistant's or absent. Keys that are null and empty reasoning count as absent; an empty system
-        message is left out.
+        last is an assistant's or absent. Keys that are null and empty reasoning count as absent.
+      thinking_mode: one of THINKING_MODES.
+
+    Returns:
+      The messages, without an empty system message and without the reasoning that the mode leaves out.
 
     Raises:
       DataError: beginning with `where`, for whatever is not such a conversation, or has nothing to train on.
@@ -110,7 +114,10 @@ def parse_record(record: bytes, field: str, where: str, thinking_mode: str) -> l
             f"{where}: the last answer has no 'reasoning_content', which data.thinking_mode=thinking trains; add it, "
             "or set data.thinking_mode=mixed, which takes conversations without too"
         )
-    return [message for message in parsed if message.content or message.role != "system"]
+    if thinking_mode == "chat":
+        last = last._replace(reasoning=None)
+    earlier = [message._replace(reasoning=None) for message in parsed[:-1]]
+    return [message for message in (*earlier, last) if message.content or message.role != "system"]
 
 
 def _message(message: Any, where: str) -> Message:
@@ -175,23 +182,18 @@ def _check_turns(messages: Sequence[Message], where: str, field: str) -> None:
 # --- Encoding -------------------------------------------------------------------------------------
 
 
-def render(messages: Sequence[Message], thinking_mode: str) -> list[Piece]:
-    """The pieces of a conversation, in order; their texts joined are the release's encoding of it.
-
-    Args:
-      messages: as `parse_record` gives them. thinking_mode: one of THINKING_MODES.
-    """
+def render(messages: Sequence[Message]) -> list[Piece]:
+    """The pieces of a conversation as `parse_record` gives it; their texts joined are the release's encoding."""
     pieces = [Piece(BOS, True, False)]
-    for i, message in enumerate(messages):
+    for message in messages:
         if message.role == "system":
             pieces.append(Piece(message.content, False, False))
         elif message.role == "user":
             pieces += [Piece(USER, True, False), Piece(message.content, False, False), Piece(ASSISTANT, True, False)]
+        elif message.reasoning is None:
+            pieces += [Piece(END_THINK, True, False), Piece(message.content, False, True), Piece(EOS, True, True)]
         else:
-            thinks = thinking_mode != "chat" and i == len(messages) - 1 and message.reasoning is not None
-            pieces.append(Piece(THINK if thinks else END_THINK, True, False))
-            if thinks:
-                pieces += [Piece(message.reasoning, False, True), Piece(END_THINK, True, True)]
+            pieces += [Piece(THINK, True, False), Piece(message.reasoning, False, True), Piece(END_THINK, True, True)]
             pieces += [Piece(message.content, False, True), Piece(EOS, True, True)]
     return pieces
 

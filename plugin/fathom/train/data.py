@@ -149,7 +149,7 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
-        source = _source(documents, indices, tokenizer, block)
+        source = (_ChatSource if self._marked else _TokenSource)(documents, indices, tokenizer)
         # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
         ahead = tokenizer.needs_text or block.source == "array_record"
         self._rows = iter(_row_dataset(source, block, shard_index, shard_count, ahead))
@@ -353,24 +353,14 @@ class _ChatSource(_TokenSource):
     array of their own grain's ConcatThenSplit fails on documents longer than a row.
     """
 
-    def __init__(self, documents: Documents, indices: np.ndarray, tokenizer: ChatTokenizer, thinking_mode: str):
-        super().__init__(documents, indices, tokenizer)
-        self._thinking_mode = thinking_mode
-
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         document = int(self._indices[index])
-        pieces = render(conversation_of(self._documents.read(document)), self._thinking_mode)
+        pieces = render(conversation_of(self._documents.read(document)))
         try:
             tokens, trained = self._tokenizer.encode_pieces(pieces)
         except DataError as error:
             raise DataError(f"{self._documents.name(document)}: {error}") from None
         return {"tokens": 2 * tokens + trained}
-
-
-def _source(documents: Documents, indices: np.ndarray, tokenizer: Tokenizer, block: DataSettings) -> _TokenSource:
-    if block.source == CHAT:
-        return _ChatSource(documents, indices, tokenizer, block.thinking_mode)
-    return _TokenSource(documents, indices, tokenizer)
 
 
 class _Split(grain.experimental.FlatMapTransform):
