@@ -88,8 +88,8 @@ def parse_record(record: bytes, field: str, where: str, thinking_mode: str) -> l
     """A line of JSON as a conversation: perhaps a system message, then questions and answers in turn.
 
     Args:
-      record: an object whose `field` is a list of {"role": ..., "content": ..., "reasoning_content": ...}, where the
-        last is an assistant's or absent. Keys that are null and empty reasoning count as absent.
+      record: an object whose `field` is a list of {"role": ..., "content": ...}; an assistant's may have a text under
+        "reasoning_content" too. Keys that are null, and empty reasoning, count as absent.
       thinking_mode: one of THINKING_MODES.
 
     Returns:
