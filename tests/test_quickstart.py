@@ -8,11 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from fathom.recipe import load_recipe
+from fathom.train.chat import ChatTokenizer
 from fathom.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -154,10 +158,29 @@ def test_a_python_that_will_not_do_gets_one_clear_line(tmp_path, change, words):
 # --- sample.py ------------------------------------------------------------------------------------
 
 
-def test_sampling_at_temperature_0_is_greedy():
+@pytest.fixture
+def module():
     spec = importlib.util.spec_from_file_location("sample", ROOT / "scripts" / "examples" / "sample.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+class Counting(nnx.Module):
+    """After token n comes n + 1."""
+
+    def __call__(self, tokens):
+        return SimpleNamespace(logits=jax.nn.one_hot(tokens + 1, 264))
+
+
+def test_sampling_continues_and_stops(module):
+    assert bytes(module.sample(Counting(), b"ab", 3, 0, 0)) == b"abcde"
+    assert module.sample(Counting(), [255], 2, 0, 0) == [255, 0, 1]  # only bytes are drawn
+    assert module.sample(Counting(), [254], 9, 0, 0, 262, 257) == [254, 255, 256, 257]
+    assert module.question(ChatTokenizer("bytes"), "ab") == [256, 258, ord("a"), ord("b"), 259, 261]
+
+
+def test_sampling_at_temperature_0_is_greedy(module):
     logits = np.array([0.0, 3.0, 1.0, 2.5])
     assert {module.pick(logits, 0, np.random.default_rng(seed)) for seed in range(20)} == {1}
     assert {module.pick(logits, 1e-3, np.random.default_rng(seed)) for seed in range(20)} == {1}

@@ -31,9 +31,13 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")  # fathom.mesh.AXES,
 PATTERNS = {
     "text": "**/*.txt",
     "jsonl": "**/*.jsonl",
+    "chat": "**/*.jsonl",
     "parquet": "**/*.parquet",
     "array_record": "**/*.array_record",
 }
+
+CHAT_DEFAULTS = {"field": "messages", "thinking_mode": "chat"}
+"""Values of the data block that are others, or only have a meaning, where its source is "chat"."""
 
 
 class Block(BaseModel):
@@ -98,13 +102,18 @@ class DataBlock(Block):
     the fraction of documents kept for evaluation. `max_bytes` stops reading after that much text.
     `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
     pieces of one long document do not fill whole batches.
+
+    The source "chat" is JSON lines whose `field` ("messages" unless given) is a conversation, encoded as the models'
+    releases do; only the assistant's answers are trained. `thinking_mode` is for it alone (`fathom.train.chat`):
+    "chat" leaves reasoning out, "thinking" expects it with every last answer, "mixed" takes it where there is some.
     """
 
-    source: Literal["text", "jsonl", "parquet", "array_record"] = "text"
+    source: Literal["text", "jsonl", "chat", "parquet", "array_record"] = "text"
     location: str = Field(alias="path", min_length=1)
     pattern: str = Field(min_length=1)
     exclude: tuple[str, ...] = ()
     field: str = "text"
+    thinking_mode: Literal["chat", "thinking", "mixed"] | None = None
     tokenizer: str = "bytes"
     sequence_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
@@ -127,12 +136,21 @@ class DataBlock(Block):
             values["pattern"] = "**/*.py" if stdlib else by_source
         if stdlib and values.get("exclude") is None:
             values["exclude"] = STDLIB_EXCLUDE
+        if values.get("source") == "chat":
+            for name, value in CHAT_DEFAULTS.items():
+                if values.get(name) is None:
+                    values[name] = value
         return values
 
     @property
     def path(self) -> str:
         """The file or folder to read on this machine."""
         return sysconfig.get_paths()["stdlib"] if self.location == STDLIB else self.location
+
+    @property
+    def batch_names(self) -> tuple[str, ...]:
+        """The arrays of a batch, each [B, S] int32: conversations also say which targets count."""
+        return ("tokens", "segment_ids", "positions", *(("loss_mask",) if self.source == "chat" else ()))
 
 
 class OptimizerBlock(Block):

@@ -257,17 +257,24 @@ def _data_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
     if "data" not in have:
         return
     data = have["data"]
-    # Remote paths (gs://...) are looked at by the data source itself.
+    # Remote paths (gs://...) are looked at when the run opens them: a recipe may be planned where they are not.
     if "://" not in data.path and not Path(data.path).expanduser().exists():
         yield Problem(
             "data.path", repr(data.path), "a file or folder that exists", "correct data.path"
         )
-    if data.tokenizer != "bytes" and not Path(data.tokenizer).expanduser().is_file():
+    if not _tokenizer_may_exist(data.tokenizer):
         yield Problem(
             "data.tokenizer",
             repr(data.tokenizer),
             "'bytes', or the path of a tokenizer.json",
             nearest(data.tokenizer, ["bytes"]) or "correct data.tokenizer",
+        )
+    if data.thinking_mode is not None and data.source != "chat":
+        yield Problem(
+            "data.thinking_mode",
+            f"{data.thinking_mode!r}, with data.source {data.source!r}",
+            "none: it says how conversations are encoded",
+            "set data.source=chat, or remove data.thinking_mode",
         )
     accumulation = have["train"].accumulation if "train" in have else 1
     if data.batch_size % accumulation:
@@ -278,6 +285,11 @@ def _data_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
             f"set data.batch_size={_next_multiple(data.batch_size, accumulation)}, "
             "or change train.accumulation",
         )
+
+
+def _tokenizer_may_exist(name: str) -> bool:
+    """Whether a tokenizer is there, or is remote, so that only the run will tell."""
+    return name == "bytes" or "://" in name or Path(name).expanduser().is_file()
 
 
 def _next_multiple(value: int, unit: int) -> int:
@@ -313,12 +325,14 @@ def _tokenizer_problems(have: Mapping[str, Any], config: Any) -> Iterator[Proble
     if "data" not in have or vocab is None:
         return
     name = have["data"].tokenizer
-    if name != "bytes" and not Path(name).expanduser().is_file():
-        return  # told already
+    if "://" in name or not _tokenizer_may_exist(name):
+        return  # looked at when the run opens it, or told already
+    from fathom.train.chat import ChatTokenizer
     from fathom.train.tokenizers import load_tokenizer
 
+    load = ChatTokenizer if have["data"].source == "chat" else load_tokenizer
     try:
-        size = load_tokenizer(name).vocab_size
+        size = load(name).vocab_size
     except ValueError as error:
         fix = "give the path of a tokenizer.json"
         yield Problem("data.tokenizer", f"{name!r} ({error})", "a readable tokenizer", fix)

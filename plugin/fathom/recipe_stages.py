@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from fathom.recipe_blocks import CHAT_DEFAULTS
 from fathom.recipe_checks import Problem, RecipeError, cross_problems, nearest, schema_problems
 from fathom.recipe_files import merged
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("attention", "query_chunk", "stretch", "balance", "remat", "selection", "recall_target",
               "mla_form"),
-    "data": ("source", "path", "pattern", "exclude", "field", "sequence_length", "batch_size", "packing", "shuffle",
-             "shuffle_rows", "seed", "max_bytes"),
+    "data": ("source", "path", "pattern", "exclude", "field", "thinking_mode", "sequence_length", "batch_size",
+             "packing", "shuffle", "shuffle_rows", "seed", "max_bytes"),
     "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),
     "train": ("accumulation", "stage", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_speed",
               "eval_every"),
@@ -109,6 +110,10 @@ def _values(recipe: Recipe, stage: StageBlock, number: int) -> dict[str, Any]:
     if {"source", "path"} & set(over["data"]):
         for name in ("pattern", "exclude"):
             base["data"].pop(name)  # those of the recipe's own source
+    source = over["data"].get("source", base["data"]["source"])
+    if (source == "chat") != (base["data"]["source"] == "chat"):
+        for name in CHAT_DEFAULTS:
+            base["data"].pop(name)  # they mean something else, or nothing, there
     if over["mesh"]:  # its axes are all told anew: what is left of another mesh would not multiply to the devices
         base["mesh"] = {name: base["mesh"][name] for name in ("preset", "simulated_devices", "topology")}
     stop = min(stage.until, recipe.train.stop_at or stage.until)

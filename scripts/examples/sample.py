@@ -1,11 +1,13 @@
 """Prints text sampled from a trained byte-level model.
 
     python scripts/examples/sample.py RUN_FOLDER --prompt "def " [--length 200] [--temperature 0.7] [--seed 0]
+    python scripts/examples/sample.py RUN_FOLDER --chat --prompt "What does a cat say?"     # of one fine-tuned on chats
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,23 @@ import numpy as np
 from flax import nnx
 
 import fathom
+from fathom.train.chat import ASSISTANT, BOS, END_THINK, USER, ChatTokenizer, Piece
 
 
-def sample(model: nnx.Module, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:
-    """Continues `prompt` byte by byte; every step runs the whole row, so shapes compile once.
+def sample(
+    model: nnx.Module,
+    prompt: Sequence[int],
+    length: int,
+    temperature: float,
+    seed: int,
+    choices: int = 256,
+    stop: int | None = None,
+) -> list[int]:
+    """Continues `prompt` token by token; every step runs the whole row, so shapes compile once.
 
     Args:
-      temperature: 0 takes the likeliest byte every time.
+      temperature: 0 takes the likeliest token every time. choices: ids below this one are drawn, all bytes unless
+        given. stop: the id after which nothing more is drawn.
     """
     total = len(prompt) + length
     tokens = np.zeros((1, total), np.int32)
@@ -29,13 +41,22 @@ def sample(model: nnx.Module, prompt: bytes, length: int, temperature: float, se
     @jax.jit
     def next_logits(state, tokens, index):
         # Causal: what lies beyond `index` does not change the logits there.
-        return nnx.merge(graphdef, state)(tokens).logits[0, index, :256]
+        return nnx.merge(graphdef, state)(tokens).logits[0, index, :choices]
 
     rng = np.random.default_rng(seed)
     for index in range(len(prompt), total):
         logits = np.asarray(next_logits(state, jnp.asarray(tokens), index - 1), np.float64)
         tokens[0, index] = pick(logits, temperature, rng)
-    return bytes(tokens[0].astype(np.uint8))
+        if tokens[0, index] == stop:
+            total = index + 1
+            break
+    return tokens[0, :total].tolist()
+
+
+def question(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """A conversation up to where the answer, without reasoning, begins."""
+    texts = ((BOS, True), (USER, True), (text, False), (ASSISTANT, True), (END_THINK, True))
+    return tokenizer.encode_pieces([Piece(text, control, False) for text, control in texts])[0].tolist()
 
 
 def pick(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
@@ -50,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="run folder or checkpoint folder")
     parser.add_argument("--prompt", default="def ")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a question; print the answer")
     parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,8 +81,15 @@ def main() -> None:
     if args.length < 1 or not args.prompt:
         parser.error("--length must be at least 1, and --prompt at least one character")
     model = fathom.load(args.checkpoint)
-    text = sample(model, args.prompt.encode(), args.length, args.temperature, args.seed)
-    print(text.decode("utf-8", errors="replace"))
+    if not args.chat:
+        ids = sample(model, args.prompt.encode(), args.length, args.temperature, args.seed)
+        print(bytes(ids).decode("utf-8", errors="replace"))
+        return
+    tokenizer = ChatTokenizer("bytes")
+    asked = question(tokenizer, args.prompt)
+    choices, stop = tokenizer.vocab_size, tokenizer.eos_id
+    ids = sample(model, asked, args.length, args.temperature, args.seed, choices, stop)
+    print(tokenizer.decode(ids[len(asked) :]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from etils import epath
 
 from fathom.train.tokenizers import load_tokenizer
 
@@ -144,6 +145,28 @@ def test_files_that_are_no_tokenizer(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_remote_file(tmp_path, monkeypatch):
+    """Read through etils, as checkpoints are; what it cannot read is told."""
+    train_bpe(tmp_path, special=("</s>", "<stop>"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    here = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(epath, "Path", lambda name: Path(name.replace("gs://bucket", str(tmp_path))))
+        remote = load_tokenizer("gs://bucket/tokenizer.json")
+        with pytest.raises(ValueError, match="no.json: No such file"):
+            load_tokenizer("gs://bucket/no.json")
+    assert (remote.hash, remote.eos_id) == (here.hash, here.eos_id) and remote.name == "gs://bucket/tokenizer.json"
+    with pytest.raises(ValueError, match=r"nowhere://a/b: not a path that can be read here .*; copy the file"):
+        load_tokenizer("nowhere://a/b")
+
+    def read_bytes(path):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(type(epath.Path("gs://bucket/a")), "read_bytes", read_bytes)
+    with pytest.raises(ValueError, match=r"gs://bucket/a cannot be read: Please install gcsfs"):
+        load_tokenizer("gs://bucket/a")
 
 
 def test_the_hash_follows_the_content(tmp_path):

@@ -1,8 +1,9 @@
 """Text to packed rows: a deterministic stream of batches per shard, which resumes exactly at any step.
 
 documents -> holdout split -> shuffle, anew each epoch -> one shard's documents -> tokens + EOS -> rows
-of sequence_length -> batches. Everything is a function of the settings and a position, so that the
-state in a checkpoint is a few numbers. Processes that feed the same rows of the batch read the same shard.
+of sequence_length -> batches. Of conversations (`fathom.train.chat`) a batch also says which tokens are
+trained. Everything is a function of the settings and a position, so that the state in a checkpoint is a
+few numbers. Processes that feed the same rows of the batch read the same shard.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
-from fathom.train.sources import SOURCES, DataError, Documents, FileEntry, open_documents
+from fathom.train.chat import (
+    CHAT,
+    ENCODING,
+    THINKING_MODES,
+    ChatTokenizer,
+    conversation_of,
+    loss_mask,
+    record_reader,
+    render,
+)
+from fathom.train.json_records import DataError
+from fathom.train.sources import SOURCES, Documents, FileEntry, open_documents
 from fathom.train.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 __all__ = ["DataError", "Loader", "batch_hash", "load_tokenizer", "make_loader"]
@@ -47,6 +59,7 @@ class DataSettings(Protocol):
     pattern: str
     exclude: tuple[str, ...]
     field: str
+    thinking_mode: str | None
     tokenizer: str
     sequence_length: int
     batch_size: int
@@ -76,7 +89,8 @@ def make_loader(
         tokenizer with ids that the model does not have, fewer documents than shards.
     """
     _check_settings(block, shard_index, shard_count, split)
-    tokenizer = load_tokenizer(block.tokenizer)
+    chat = block.source == CHAT
+    tokenizer = ChatTokenizer(block.tokenizer) if chat else load_tokenizer(block.tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {block.tokenizer} has ids up to {tokenizer.vocab_size - 1}, the model's "
@@ -90,6 +104,7 @@ def make_loader(
         field=block.field,
         max_bytes=block.max_bytes,
         needs_text=tokenizer.needs_text,
+        read_chat=record_reader(block.thinking_mode) if chat else None,
     )
     indices = _select(documents, block, split, shard_count)
     return Loader(block, documents, indices, tokenizer, vocab_size, shard_index, shard_count, split)
@@ -101,6 +116,7 @@ class Loader:
     Iterating yields dicts of "tokens", "segment_ids" and "positions", each [B, S] int32 with
     B = batch_size / shard_count. Segments are documents, or the pieces of one that was split between
     rows: counted from 1 in each row, positions from 0 in each segment, 0 and 0 at padding (token 0).
+    Of conversations also "loss_mask", [B, S] int32: 1 where the next token is one that is trained.
 
     Attributes:
       tokenizer: see `fathom.train.tokenizers.Tokenizer`.
@@ -125,6 +141,7 @@ class Loader:
         self.step = 0
         self.num_documents = len(indices)
         self._vocab_size = vocab_size
+        self._marked = block.source == CHAT
         self._local_rows = block.batch_size // shard_count
         self._identity = {
             "version": STATE_VERSION,
@@ -132,7 +149,7 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
-        source = _TokenSource(documents, indices, tokenizer)
+        source = (_ChatSource if self._marked else _TokenSource)(documents, indices, tokenizer)
         # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
         ahead = tokenizer.needs_text or block.source == "array_record"
         self._rows = iter(_row_dataset(source, block, shard_index, shard_count, ahead))
@@ -155,6 +172,9 @@ class Loader:
                 ("positions", "tokens_positions"),
             )
         }
+        if self._marked:
+            batch["tokens"], trained = batch["tokens"] >> 1, batch["tokens"] & 1
+            batch["loss_mask"] = loss_mask(batch, trained)
         _check_ids(batch["tokens"], self._vocab_size, self.step + 1)
         self.step += 1
         return batch
@@ -262,6 +282,9 @@ def _check_settings(block: DataSettings, shard_index: int, shard_count: int, spl
         ("shard_index", shard_index, 0 <= shard_index < shard_count, f"below {shard_count}"),
         ("split", split, split in SPLITS, f"one of {', '.join(SPLITS)}"),
     ]
+    if block.source == CHAT:
+        mode, modes = block.thinking_mode, ", ".join(THINKING_MODES)
+        wanted.append(("data.thinking_mode", mode, mode in THINKING_MODES, f"one of {modes}"))
     problems = [f"{key} is {found!r}, expected {text}" for key, found, ok, text in wanted if not ok]
     if split == "holdout" and block.holdout == 0:
         problems.append("data.holdout is 0: no documents are held out; set it, 0.01 for one in a hundred")
@@ -321,6 +344,23 @@ class _TokenSource:
         tokens[:-1] = ids
         tokens[-1] = self._tokenizer.eos_id
         return {"tokens": tokens}
+
+
+class _ChatSource(_TokenSource):
+    """As `_TokenSource`, of conversations; the lowest bit of 2 * id + 1 says that a token is trained.
+
+    As one array it is shuffled, cut and laid into rows, and its state saved, just as other documents are: beside an
+    array of their own grain's ConcatThenSplit fails on documents longer than a row.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document = int(self._indices[index])
+        pieces = render(conversation_of(self._documents.read(document)))
+        try:
+            tokens, trained = self._tokenizer.encode_pieces(pieces)
+        except DataError as error:
+            raise DataError(f"{self._documents.name(document)}: {error}") from None
+        return {"tokens": 2 * tokens + trained}
 
 
 class _Split(grain.experimental.FlatMapTransform):
@@ -425,6 +465,8 @@ def _fingerprint(block: DataSettings, documents: Documents, tokenizer: Tokenizer
         "holdout": block.holdout,
         "max_bytes": block.max_bytes,
     }
+    if block.source == CHAT:
+        settings |= {"thinking_mode": block.thinking_mode, "chat_encoding": ENCODING}
 
     def describe(file: FileEntry) -> dict[str, Any]:
         return {"bytes": file.size, "blake2b": file.digest, "hashed": file.hashed}

@@ -10,7 +10,6 @@ import abc
 import bisect
 import codecs
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -21,15 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SOURCES = ("text", "jsonl", "parquet", "array_record")
+from fathom.train.json_records import DataError, RecordReader, json_text
+
+SOURCES = ("text", "jsonl", "chat", "parquet", "array_record")
 
 MIB = 1 << 20
 WHOLE_HASH_LIMIT = 64 * MIB
 """Files up to this size are hashed whole, larger ones by their size and their first and last MiB."""
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on: the text names the file and what to do."""
 
 
 class FileEntry(NamedTuple):
@@ -81,6 +78,7 @@ def open_documents(
     field: str = "text",
     max_bytes: int | None = None,
     needs_text: bool = False,
+    read_chat: RecordReader | None = None,
 ) -> Documents:
     """Opens a source.
 
@@ -90,13 +88,15 @@ def open_documents(
       field: the JSON key or Parquet column. max_bytes: stop after this much text; the document that
         crosses the limit is cut there, between two characters.
       needs_text: check text files for UTF-8 (those over WHOLE_HASH_LIMIT when they are read).
+      read_chat: what the document of a line is, for the source "chat", whose documents are never cut.
 
     Raises:
       DataError: path missing, nothing matches, a file unreadable, broken or without the field, no text.
     """
     readers = {
         "text": lambda files, budget: TextFiles(files, budget, needs_text),
-        "jsonl": lambda files, budget: JsonLines(files, budget, field),
+        "jsonl": lambda files, budget: JsonLines(files, budget, field, json_text),
+        "chat": lambda files, budget: JsonLines(files, budget, field, read_chat, whole=True),
         "parquet": lambda files, budget: ParquetColumn(files, budget, field),
         "array_record": lambda files, budget: ArrayRecords(files, budget, field),
     }
@@ -119,9 +119,9 @@ class Budget:
     def exhausted(self) -> bool:
         return self.limit is not None and self.spent >= self.limit
 
-    def take(self, size: int) -> int:
-        """The part of `size` bytes that may be read."""
-        granted = size if self.limit is None else min(size, self.limit - self.spent)
+    def take(self, size: int, whole: bool = False) -> int:
+        """The part of `size` bytes that may be read; all of them if `whole`, although that exceeds the limit."""
+        granted = size if self.limit is None or whole else min(size, self.limit - self.spent)
         self.spent += granted
         return granted
 
@@ -284,13 +284,21 @@ class TextFiles(Documents):
 
 
 class JsonLines(Documents):
-    """Each line is a JSON object with the text under `field`; blank lines and empty texts are none.
+    """Each line is a JSON object with a document, as `read_record` reads it, under `field`.
 
-    All lines are parsed once, when the source is opened; afterwards only their offsets are kept.
+    Blank lines and empty documents are none. All lines are parsed once, when the source is opened; afterwards only
+    their offsets are kept. `whole` documents are not cut at the budget's end.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, str]], budget: Budget, field: str):
-        self._field, self.files = field, []
+    def __init__(
+        self,
+        files: Sequence[tuple[Path, str]],
+        budget: Budget,
+        field: str,
+        read_record: RecordReader,
+        whole: bool = False,
+    ):
+        self._field, self._read_record, self.files = field, read_record, []
         self._file, self._line, self._offset, self._length, self._granted = (array("q") for _ in range(5))
         keys = array("Q")
         for number, (path, name) in enumerate(files):
@@ -300,10 +308,10 @@ class JsonLines(Documents):
             for line_number, offset, line in _lines(path):
                 if budget.exhausted:
                     break
-                text = json_text(line, field, f"{path}:{line_number}")
+                text = read_record(line, field, f"{path}:{line_number}")
                 if not text:
                     continue
-                row = (number, line_number, offset, len(line), budget.take(len(text)))
+                row = (number, line_number, offset, len(line), budget.take(len(text), whole))
                 columns = (self._file, self._line, self._offset, self._length, self._granted)
                 for column, value in zip(columns, row, strict=True):
                     column.append(value)
@@ -320,7 +328,7 @@ class JsonLines(Documents):
                 line = file.read(self._length[index])
         except OSError as error:
             raise _unreadable(entry.path, error) from None
-        return clip(json_text(line, self._field, self.name(index)), self._granted[index])
+        return clip(self._read_record(line, self._field, self.name(index)), self._granted[index])
 
     def name(self, index: int) -> str:
         return f"{self.files[self._file[index]].path}:{self._line[index]}"
@@ -337,36 +345,6 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 offset += len(line)
     except OSError as error:
         raise _unreadable(path, error) from None
-
-
-def json_text(record: bytes, field: str, where: str) -> bytes:
-    """The text under `field` of a JSON object, as UTF-8.
-
-    Raises:
-      DataError: beginning with `where`, when it is not JSON, not an object, lacks the field, or the
-        field is not text.
-    """
-    try:
-        value = json.loads(record.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is a JSON {_json_kind(value)}, expected an object with field {field!r}")
-    if field not in value:
-        keys = ", ".join(map(repr, itertools.islice(value, 8))) or "none"
-        raise DataError(f"{where} has no field {field!r}; its fields are {keys}; set data.field")
-    text = value[field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: field {field!r} is a {_json_kind(text)}, expected text; set data.field")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} is not Unicode text: {error.reason}") from None
-
-
-def _json_kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "text", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
 
 
 class ParquetColumn(Documents):

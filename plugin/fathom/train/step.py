@@ -49,7 +49,7 @@ class Program:
       mesh, rules: where it runs.
       model: the model split into its static part and abstract arrays.
       state: abstract TrainState that carries shardings.
-      batch_sharding: layout of every [B, S] array of a batch.
+      batch_sharding: layout of every [B, S] array of a batch. batch_names: which arrays there are.
       init: uint32 key data -> TrainState, born sharded.
       start: (params, model_state, uint32 key data) -> TrainState with a fresh optimizer.
       step: (TrainState, donated; batch) -> (TrainState, metrics).
@@ -63,6 +63,7 @@ class Program:
     model: SplitModel
     state: TrainState
     batch_sharding: NamedSharding
+    batch_names: tuple[str, ...]
     init: Callable[[jax.Array], TrainState]
     start: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -73,7 +74,7 @@ class Program:
         struct = jax.ShapeDtypeStruct(
             (batch_size, sequence_length), jnp.int32, sharding=self.batch_sharding
         )
-        return {name: struct for name in ("tokens", "segment_ids", "positions")}
+        return {name: struct for name in self.batch_names}
 
     def lower(self, batch_size: int, sequence_length: int, platforms: tuple[str, ...] | None = None):
         """Lowers the real step for `mesh`, without devices if it has none."""
@@ -124,6 +125,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         model=model,
         state=state,
         batch_sharding=batch_sharding(mesh, rules),
+        batch_names=recipe.data.batch_names,
         init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh, state)),
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),

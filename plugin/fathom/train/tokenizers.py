@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes, built in, and any `tokenizer.json` from a local path."""
+"""Tokenizers: raw bytes, built in, and any `tokenizer.json`, from a local path or a remote one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a recipe: "bytes", or the path of a `tokenizer.json`.
+    """The tokenizer of a recipe: "bytes", or the path of a `tokenizer.json`, local or remote ("gs://...").
 
     Raises:
       ValueError: when the file is missing, unreadable, not a tokenizer, or has no end-of-text token.
@@ -80,7 +80,11 @@ class FileTokenizer:
     """A `tokenizer.json`, read by the `tokenizers` library.
 
     Documents are plain text: "</s>" written in one is encoded as its characters, never as the
-    control token, and the file's own truncation and padding are switched off.
+    control token, and the file's own truncation and padding are switched off. Added tokens that the file does not call
+    special (DeepSeek's `<think>` and `<｜User｜>`) are found in documents all the same, unless `literal` is set.
+
+    Args:
+      name: a path. literal: encode all added tokens but those of spaces as their characters.
 
     Raises:
       ValueError: see `load_tokenizer`.
@@ -88,17 +92,14 @@ class FileTokenizer:
 
     needs_text = True
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, literal: bool = False):
         # Imported here: runs on bytes do without it.
         import tokenizers
 
-        path = Path(name).expanduser()
+        path = _path_of(name)
+        data = _read(path)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"tokenizer {path}: {error.strerror or error}; give a tokenizer.json") from None
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(_all_special(data) if literal else data)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer {path} is not a tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
@@ -114,6 +115,10 @@ class FileTokenizer:
         self.eos_id = vocabulary[self.eos_token]
         self.hash = hashlib.blake2b(data + b"\0%d" % self.eos_id, digest_size=16).hexdigest()
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, None where the vocabulary does not have it."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, document: bytes | str) -> np.ndarray:
         """Ids [n] int32, no special token among them."""
         text = document if isinstance(document, str) else document.decode("utf-8")
@@ -122,6 +127,35 @@ class FileTokenizer:
     def decode(self, ids: Any) -> str:
         """Text of ids, special tokens left out."""
         return self._tokenizer.decode([int(i) for i in np.asarray(ids).reshape(-1)])
+
+
+def _path_of(name: str) -> Path:
+    if "://" not in name:
+        return Path(name).expanduser()
+    # Imported here: a local file does without it.
+    from etils import epath
+
+    try:
+        return epath.Path(name)
+    except Exception as error:  # a KeyError for a scheme that it does not know
+        raise ValueError(f"tokenizer {name}: not a path that can be read here ({error!r}); copy the file") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer {path}: {error.strerror or error}; give a tokenizer.json") from None
+    except Exception as error:  # what a remote file system raises, and an ImportError where its package is missing
+        raise ValueError(f"tokenizer {path} cannot be read: {error}; give a tokenizer.json, or copy it here") from None
+
+
+def _all_special(data: bytes) -> bytes:
+    """A tokenizer.json with all added tokens special, but for those of spaces: that makes the library skip them."""
+    content = json.loads(data)
+    for token in content.get("added_tokens") or ():
+        token["special"] = bool(token["special"] or token["content"].strip())
+    return json.dumps(content).encode("utf-8")
 
 
 def _eos_token(path: Path, vocabulary: dict[str, int]) -> str:
