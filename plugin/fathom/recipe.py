@@ -198,6 +198,7 @@ SAFE_TO_CHANGE = (
     "model.remat",
     "model.mla_form",
     "data.path",
+    "data.shards",
     "optimizer.",
     "mesh.",
     "train.steps",
@@ -216,8 +217,8 @@ SAFE_TO_CHANGE = (
 )
 """Keys (those that end in a dot: whole blocks) that a resumed run may change: none of them alters
 the shape of the state, the order of the data or what the weights mean. Data may lie elsewhere: that it
-is the same is what its fingerprint in the checkpoint says. Of stages, the one that the checkpoint lies in is compared,
-its own values in place."""
+is the same is what its fingerprint in the checkpoint says; of how many streams, the loop compares. Of stages, the one
+that the checkpoint lies in is compared, its own values in place."""
 
 NEVER_SAFE = ("optimizer.name",)
 """Exceptions inside the safe blocks: another optimizer has another state."""

@@ -280,6 +280,15 @@ def _data_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
+    if data.shards and data.batch_size % data.shards:
+        yield Problem(
+            "data.shards",
+            f"{data.shards}, with data.batch_size {data.batch_size}",
+            f"a number that divides {data.batch_size}: each stream gives as many rows of a batch",
+            f"set data.shards={math.gcd(data.shards, data.batch_size)}, or change data.batch_size",
+        )
+
+
 def _next_multiple(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
