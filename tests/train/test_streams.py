@@ -1,4 +1,4 @@
-"""Rows of a batch from streams that know of no process: any number of processes reads, and resumes, the same batches."""
+"""Rows of a batch from streams that know of no process: any number of processes reads the same, and resumes it."""
 
 from __future__ import annotations
 
