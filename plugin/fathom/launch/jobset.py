@@ -1,9 +1,9 @@
 """A JobSet manifest for GKE: one Job for each slice, one pod for each host, and the recipe beside them.
 
 What the exit codes of `fathom train` do: 2 (the recipe is wrong) fails the JobSet at once; 3 (saved and stopped) and a
-pod that lost its node start everything anew, as often as that happens; any other starts anew up to `max_restarts` times.
-A Job fails with its first pod, and its message names the rule of `podFailurePolicy` that the pod met; the JobSet's rules
-look for that number.
+pod that lost its node start everything anew, as often as that happens; any other does up to `max_restarts` times. A Job
+fails with its first pod, and its message names the rule of `podFailurePolicy` that the pod met; the JobSet's rules look
+for that number.
 
 Pods find each other by what GKE puts into their environment (TPU_WORKER_HOSTNAMES, and MEGASCALE_* for several slices)
 through the headless service that JobSet makes. There is no liveness probe: a pod whose training hangs looks alive to

@@ -111,11 +111,14 @@ class Processes:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "fathom.launch.rank", "train", *self._arguments]
+
     def _start(self, index: int, settings: dict[str, str]) -> None:
         if self._signals:
             return  # told to stop before all were started: those that are will not find the others, and end
         process = subprocess.Popen(
-            [sys.executable, "-m", "fathom.launch.rank", "train", *self._arguments],
+            self._command(),
             env=os.environ | settings | {LAUNCHER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -130,7 +130,7 @@ def _notes(recipe: Recipe, slices: Topology) -> list[str]:
     if recipe.data.location == "stdlib:" or not re.match(r"[a-z0-9]+://", recipe.data.location):
         notes.append(f"data.path {recipe.data.location} must exist on every host")
     if recipe.train.max_runtime is not None:
-        notes.append("train.max_runtime ends with exit code 3, which restarts the run: it limits each start, not the sum")
+        notes.append("train.max_runtime ends with exit code 3, which restarts a run: it limits each start, not the sum")
     if slices.slices > 1 and recipe.mesh.data % slices.slices:
         notes.append(
             f"mesh.data {recipe.mesh.data} is no multiple of the {slices.slices} slices: other axes cross the network"

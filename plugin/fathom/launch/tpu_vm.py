@@ -1,7 +1,7 @@
 """TPU VMs of Compute Engine through gcloud: a queued resource, then the same commands over ssh on all hosts.
 
-Nothing here restarts a run or knows an exit code: a host that is lost ends the run, and the same launch again resumes it
-on what there is. The hosts stay, and cost, until they are deleted: gcloud compute tpus queued-resources delete NAME.
+Nothing here restarts a run or knows an exit code: a host that is lost ends the run, and the same launch again resumes
+it on what there is. The hosts stay, and cost, until they are deleted: gcloud compute tpus queued-resources delete NAME.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 xpk runs the command in a shell that it signals; `exec` puts Python in the shell's place, so that SIGTERM reaches it.
 xpk does not tell exit codes apart: with `--restart-on-user-code-failure`, code 3 (saved and stopped) restarts, up to
-`--max-restarts` times, and so does any other, 2 (the recipe is wrong) included. Of several shapes with as many chips xpk
-takes its own.
+`--max-restarts` times, and so does any other, 2 (the recipe is wrong) included. Of several shapes with as many chips
+xpk takes its own.
 """
 
 from __future__ import annotations
