@@ -58,13 +58,15 @@ class Launch:
 
     def __init__(self, recipe, hosts, folder, *overrides):
         self._log = folder / f"launch-{time.monotonic_ns()}.log"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fathom", "launch", str(recipe), "--on", "local", "--hosts", str(hosts), *overrides],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
-            cwd=folder,
-            stdout=self._log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        command = [sys.executable, "-m", "fathom", "launch", str(recipe), "--on", "local", "--hosts", str(hosts)]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *overrides],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])},
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     def finish(self, seconds=240) -> int:
         try:
@@ -301,7 +303,8 @@ def test_a_launcher_that_is_killed_leaves_none_behind(tmp_path):
         """
     )
     log = tmp_path / "log"
-    launcher = subprocess.Popen([sys.executable, "-c", driver], stdout=log.open("w"))
+    with log.open("w") as file:
+        launcher = subprocess.Popen([sys.executable, "-c", driver], stdout=file)
     try:
         wait_for(lambda: log.read_text().count("watching") == 2)
         assert len(processes_of(launcher.pid)) == 2
