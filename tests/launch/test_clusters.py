@@ -139,7 +139,9 @@ def test_the_recipe_that_was_planned_is_what_runs(recipe, capsys, nothing_starts
     assert config["metadata"]["namespace"] == job_set["metadata"]["namespace"] == "default"
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,), (volume,) = pod["containers"], pod["volumes"]
-    assert volume["configMap"]["name"] == config["metadata"]["name"] == "my-run-1-recipe"
+    digest = load_recipe(source, ["train.steps=77"]).digest()
+    assert volume["configMap"]["name"] == config["metadata"]["name"] == f"my-run-1-recipe-{digest[:8]}"
+    assert config["immutable"] is True
     (mount,) = container["volumeMounts"]
     (file, text), *others = config["data"].items()
     assert not others and mount["name"] == volume["name"]
@@ -182,7 +184,7 @@ def test_options_of_a_jobset(recipe, capsys):
     config, job_set = manifests(capsys, recipe(), *options)
     assert problems(job_set, SCHEMA) == []
     assert {m["metadata"]["namespace"] for m in (config, job_set)} == {"team"}
-    assert (config["metadata"]["name"], job_set["metadata"]["name"]) == ("other-recipe", "other")
+    assert job_set["metadata"]["name"] == "other" and config["metadata"]["name"].startswith("other-recipe-")
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["serviceAccountName"] == "storage" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (toleration,) = pod["tolerations"]

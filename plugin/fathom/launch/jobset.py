@@ -3,7 +3,9 @@
 What the exit codes of `fathom train` do: 2 (the recipe is wrong) fails the JobSet at once; 3 (saved and stopped) and a
 pod that lost its node start everything anew, as often as that happens; any other does up to `max_restarts` times. A Job
 fails with its first pod, and its message names the rule of `podFailurePolicy` that the pod met; the JobSet's rules look
-for that number.
+for that number (`onJobFailureMessagePatterns`: JobSet 0.10.1 or newer).
+
+A JobSet that has ended stays; another launch under its name needs `kubectl delete jobset NAME` first, and resumes.
 
 Pods find each other by what GKE puts into their environment (TPU_WORKER_HOSTNAMES, and MEGASCALE_* for several slices)
 through the headless service that JobSet makes. There is no liveness probe: a pod whose training hangs looks alive to
@@ -73,12 +75,14 @@ def longest_name(topology: Topology) -> int:
 
 def text(plan: Plan, options: Options) -> str:
     """The manifest: a ConfigMap with the resolved recipe and the JobSet, as YAML of two documents."""
-    name = f"{plan.name}-recipe"
+    # The name says which recipe: another launch under the same name must not change what a running JobSet restarts with.
+    name = f"{plan.name}-recipe-{plan.recipe.digest()[:8]}"
     about = {"namespace": options.namespace, "labels": {"app.kubernetes.io/managed-by": "fathom"}}
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name, **about},
+        "immutable": True,
         "data": {RECIPE_FILE: plan.recipe_yaml},
     }
     jobset = {

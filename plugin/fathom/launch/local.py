@@ -7,6 +7,7 @@ is shown as it is, that of process i after "[i] ".
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import queue
 import shlex
@@ -142,8 +143,9 @@ class Processes:
         with source:
             for line in source:
                 self._tails[index].append(line.rstrip("\n"))
-                sink.write(prefix + line)
-                sink.flush()
+                with contextlib.suppress(OSError):  # nobody reads us any more; the process must not wait for that
+                    sink.write(prefix + line)
+                    sink.flush()
 
     def _await(self, index: int, process: subprocess.Popen, readers: Sequence[threading.Thread]) -> None:
         code = process.wait()
