@@ -75,7 +75,7 @@ def longest_name(topology: Topology) -> int:
 
 def text(plan: Plan, options: Options) -> str:
     """The manifest: a ConfigMap with the resolved recipe and the JobSet, as YAML of two documents."""
-    # The name says which recipe: another launch under the same name must not change what a running JobSet restarts with.
+    # The name says which recipe: another launch under this name must not change what a running JobSet restarts with.
     name = f"{plan.name}-recipe-{plan.recipe.digest()[:8]}"
     about = {"namespace": options.namespace, "labels": {"app.kubernetes.io/managed-by": "fathom"}}
     config = {
