@@ -157,6 +157,8 @@ def _job(topology: Topology, options: Options, config_map: str) -> dict[str, Any
     pod |= {
         "restartPolicy": "Never",  # what podFailurePolicy asks for; a host alone could not join the others again
         "terminationGracePeriodSeconds": options.grace,
+        # Else Python is process 1, to which SIGTERM does nothing until the training listens for it.
+        "shareProcessNamespace": True,
         "containers": [container],
         "volumes": [{"name": "recipe", "configMap": {"name": config_map}}],
     }
