@@ -85,7 +85,7 @@ class Processes:
     def __init__(self, arguments: Sequence[str], hosts: int, grace: float):
         self._arguments, self._hosts, self._grace = list(arguments), hosts, grace
         self._started: list[subprocess.Popen] = []
-        self._readers: list[threading.Thread] = []
+        self._readers: list[list[threading.Thread]] = []
         self._tails = [collections.deque(maxlen=TAIL_LINES) for _ in range(hosts)]
         self._ends: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._signals: list[int] = []
@@ -107,8 +107,8 @@ class Processes:
             self._kill(process)
         for process in self._started:
             process.wait()
-        for reader in self._readers:
-            reader.join(timeout=5)
+        for index in range(len(self._readers)):
+            self._read_out(index)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -129,14 +129,16 @@ class Processes:
             start_new_session=True,  # its own group: ended as a whole, and a Ctrl-C reaches it through us alone
         )
         self._started.append(process)
+        if self._signals:  # came while it was being started
+            process.send_signal(self._signals[-1])
         readers = [
             threading.Thread(target=self._show, args=(index, process.stdout, sys.stdout), daemon=True),
             threading.Thread(target=self._show, args=(index, process.stderr, sys.stderr), daemon=True),
         ]
         for reader in readers:
             reader.start()
-        self._readers += readers
-        threading.Thread(target=self._await, args=(index, process, readers), daemon=True).start()
+        self._readers.append(readers)
+        threading.Thread(target=lambda: self._ends.put((index, process.wait())), daemon=True).start()
 
     def _show(self, index: int, source: IO[str], sink: IO[str]) -> None:
         prefix = f"[{index}] " if index else ""
@@ -147,11 +149,10 @@ class Processes:
                     sink.write(prefix + line)
                     sink.flush()
 
-    def _await(self, index: int, process: subprocess.Popen, readers: Sequence[threading.Thread]) -> None:
-        code = process.wait()
-        for reader in readers:
-            reader.join(timeout=5)  # a grandchild may hold the pipe open
-        self._ends.put((index, code))
+    def _read_out(self, index: int) -> None:
+        """Waits until all that an ended process has said is shown."""
+        for reader in self._readers[index]:
+            reader.join(timeout=5)  # what it has started may hold the pipe open
 
     def _forward(self, number: int, frame: Any) -> None:
         """Passes a signal on; the second one kills."""
@@ -206,6 +207,7 @@ class Processes:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             if code == -signal.SIGTERM and signal.SIGTERM in self._signals:
                 how += " before it could save"
+            self._read_out(index)
             print(f"fathom launch: process {index} of {self._hosts} {how}; its last lines:", file=sys.stderr)
             for line in self._tails[index]:
                 print(f"  {line}", file=sys.stderr)
