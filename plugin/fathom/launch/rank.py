@@ -14,7 +14,7 @@ import threading
 import time
 
 LAUNCHER = "FATHOM_LAUNCHER_PID"
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.2
 SAVE_SECONDS = 60.0
 """How long an abandoned process may take to stop and save."""
 
@@ -23,6 +23,10 @@ def watch_launcher(pid: int) -> None:
     """Waits until process `pid` is no longer the parent; then asks this process to stop, and at last kills it."""
     while os.getppid() == pid:
         time.sleep(POLL_SECONDS)
+    # Its end of our pipes is gone too: what is written there would be an error, in the middle of the save.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        os.dup2(nowhere, output)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_SECONDS)
     os.killpg(os.getpgrp(), signal.SIGKILL)
