@@ -159,10 +159,10 @@ def test_the_tiny_v4_goes_on_with_twice_as_many_processes(tmp_path):
         "model": {"config": layers},
         "optimizer": {"warmup_steps": 2, "decay_steps": 0},
         "data": {"shuffle_rows": 64, "max_bytes": 2_000_000, "sequence_length": 128},
-        "train": {"steps": 12, "eval_every": 0, "log_every": 1},
+        "train": {"steps": 8, "eval_every": 0, "log_every": 1},
     }
-    straight, broken = rehearse(tmp_path, values, 12, 3)
-    assert_same_curves(straight, broken, 12)
+    straight, broken = rehearse(tmp_path, values, 8, 2)
+    assert_same_curves(straight, broken, 8)
 
 
 # --- Processes that misbehave --------------------------------------------------------------------
