@@ -104,6 +104,7 @@ def rehearse(folder, values, steps, stop_after):
     started = processes_of(launch.process.pid)
     assert sorted(started) == [0, 1], launch.output
     wait_for(lambda: len(steps_of(folder, "broken")) >= stop_after or launch.process.poll() is not None, 900)
+    assert launch.process.poll() is None, launch.output
     os.kill(started[1], signal.SIGTERM)
     assert launch.finish() == 3, launch.output
     assert not processes_of(launch.process.pid)

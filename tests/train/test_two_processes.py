@@ -122,6 +122,14 @@ def test_rows_are_the_same_on_other_meshes(tmp_path, devices, axis, tolerance):
 
 
 @pytest.mark.slow
+def test_a_process_that_compiles_for_long_is_waited_for(tmp_path):
+    """For longer than the 30 seconds after which gloo gives it up."""
+    write_text(tmp_path / "text")
+    ends = finish(start(tmp_path, 2, devices=4, late=40, recipe={"train__steps": 2}))
+    assert [end["step"] for end in ends] == [2, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"context": 8}, {"tensor": 2, "context": 4}], ids=["context", "mixed"])
 def test_v4_cut_over_two_processes_trains_as_in_one(tmp_path, mesh):
     """Packed rows, indexers, MTP: losses of three steps within 1e-5. About three minutes each. Neither mesh cuts rows,

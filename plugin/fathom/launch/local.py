@@ -2,10 +2,6 @@
 
 Each process gets an equal share of `mesh.simulated_devices`; they talk to each other through gloo. Process 0's output
 is shown as it is, that of process i after "[i] ".
-
-gloo gives up on a process that comes 30 seconds after the others. Each compiles for itself: on a machine too busy for
-them to keep step, a rehearsal of a large program fails with "Gloo context initialization failed: DEADLINE_EXCEEDED".
-The same launch again resumes it.
 """
 
 from __future__ import annotations

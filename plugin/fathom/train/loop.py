@@ -31,6 +31,7 @@ from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
 from fathom.train.stopping import StopSignal
 from fathom.train.streams import Rows, RowStreams
+from fathom.train.together import compile_together
 
 __all__ = ["NonFiniteError", "TrainResult", "train"]
 
@@ -104,6 +105,7 @@ def train_stage(
         state, start = restore_or_init(stage, stages, program, checkpoints, description, loader)
         if holdout is not None:
             holdout.use(loader.count)
+        compile_together(program, recipe.data.batch_size, recipe.data.sequence_length)
         done, stopping = start, False
         last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
         with RunReport(recipe, _headline(stage, len(stages), program, start), start, whole) as report:
