@@ -1,4 +1,4 @@
-"""The command line: fathom train | plan | convert | logits | inspect | doctor.
+"""The command line: fathom train | plan | launch | convert | logits | inspect | doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
 save, 130 interrupted. jax and the rest are imported by the command that needs them: `--help` answers at once.
@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from fathom import cli_convert, cli_plan
+from fathom import cli_convert, cli_launch, cli_plan
 from fathom.cli_problem import ArgumentProblem
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parse_arguments(parser, argv)
     except SystemExit as stop:  # argparse has spoken: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -45,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, text = describe_error(error)
         print(f"fathom {arguments.command}: {text}", file=sys.stderr)
         return code
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, of which key=value ones may stand anywhere: argparse takes them in one place only."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def describe_error(error: Exception) -> tuple[int, str]:
@@ -90,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("plan", "compile a recipe's step for a TPU slice, with no TPU, and say whether it fits", run_plan)
     cli_plan.add_arguments(sub)
+    sub = command("launch", "start a recipe as several processes here, or on the hosts of a slice", run_launch)
+    cli_launch.add_arguments(sub)
 
     sub = command("logits", "run a model on token ids and write its logits", run_logits)
     sub.add_argument("path", metavar="PATH", help="a Hub-format folder or a Fathom checkpoint")
@@ -160,6 +172,11 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_plan(arguments: argparse.Namespace) -> int:
     """fathom plan: exit code 1 when it does not fit."""
     return DONE if cli_plan.run_plan(arguments) else FAILED
+
+
+def run_launch(arguments: argparse.Namespace) -> int:
+    """fathom launch: the exit code of the run (local), or 0 when it was handed over."""
+    return cli_launch.run_launch(arguments)
 
 
 def run_logits(arguments: argparse.Namespace) -> int:

@@ -61,6 +61,23 @@ def initialize_distributed() -> bool:
     return True
 
 
+def process_count() -> int:
+    """How many processes the run has, without starting a backend as `jax.process_count` does.
+
+    Raises:
+      ValueError: when this process has joined others and nothing in the environment says how many.
+    """
+    if not jax.distributed.is_initialized():
+        return 1
+    settings = explicit_settings(os.environ)
+    if settings is not None:
+        return settings["num_processes"]
+    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    raise ValueError(f"how many processes there are is not known before devices are used; set {', '.join(SETTINGS)}")
+
+
 def explicit_settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments of jax.distributed.initialize out of the three variables, None when none of them is set.
 

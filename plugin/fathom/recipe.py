@@ -99,26 +99,28 @@ class Recipe(Block):
             raise RecipeError(problems, self.name)
 
     def use_simulated_devices(self) -> None:
-        """Splits the CPU into `mesh.simulated_devices` devices; nothing where the recipe has none.
+        """Splits the CPU into this process's share of `mesh.simulated_devices`; nothing where the recipe has none.
 
         Raises:
-          RecipeError: when jax already runs with other devices, which a process cannot change.
+          RecipeError: when the processes cannot share them evenly, or jax already runs with other devices, which a
+            process cannot change.
         """
         wanted = self.mesh.simulated_devices
         if wanted is None:
             return
+        from fathom.distributed import process_count
         from fathom.mesh import simulate_devices
 
+        expected = "a fresh process, or one with as many CPU devices"
+        fix = "start a new process, or call this before anything uses jax"
         try:
-            simulate_devices(wanted)
+            count = process_count()
+            if wanted % count:
+                expected, fix = f"a multiple of {count}, the number of processes", "change one of the two"
+                raise ValueError(f"{wanted} devices for {count} processes")
+            simulate_devices(wanted // count)
         except ValueError as error:
-            problem = Problem(
-                "mesh.simulated_devices",
-                str(error),
-                "a fresh process, or one with as many CPU devices",
-                "start a new process, or call this before anything uses jax",
-            )
-            raise RecipeError([problem], self.name) from None
+            raise RecipeError([Problem("mesh.simulated_devices", str(error), expected, fix)], self.name) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain JSON-able values; `Recipe.model_validate` reads it back."""
@@ -198,6 +200,7 @@ SAFE_TO_CHANGE = (
     "model.remat",
     "model.mla_form",
     "data.path",
+    "data.shards",
     "optimizer.",
     "mesh.",
     "train.steps",
@@ -216,8 +219,8 @@ SAFE_TO_CHANGE = (
 )
 """Keys (those that end in a dot: whole blocks) that a resumed run may change: none of them alters
 the shape of the state, the order of the data or what the weights mean. Data may lie elsewhere: that it
-is the same is what its fingerprint in the checkpoint says. Of stages, the one that the checkpoint lies in is compared,
-its own values in place."""
+is the same is what its fingerprint in the checkpoint says; of how many streams, the loop compares. Of stages, the one
+that the checkpoint lies in is compared, its own values in place."""
 
 NEVER_SAFE = ("optimizer.name",)
 """Exceptions inside the safe blocks: another optimizer has another state."""

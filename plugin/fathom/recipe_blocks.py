@@ -100,6 +100,8 @@ class DataBlock(Block):
     is where it lies on this machine.
     `batch_size` counts rows per optimizer step over all processes and microbatches. `holdout` is
     the fraction of documents kept for evaluation. `max_bytes` stops reading after that much text.
+    `shards` is the number of document streams that a batch's rows come from, which decides the order of the data;
+    unless given, as many as there are processes with rows of their own at the first start (`fathom.train.streams`).
     `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
     pieces of one long document do not fill whole batches.
 
@@ -121,6 +123,7 @@ class DataBlock(Block):
     shuffle: bool = True
     shuffle_rows: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
+    shards: int | None = Field(None, ge=1)
     holdout: float = Field(0.0, ge=0, lt=1)
     max_bytes: int | None = Field(None, ge=1)
 

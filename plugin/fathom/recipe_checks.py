@@ -285,6 +285,13 @@ def _data_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
             f"set data.batch_size={_next_multiple(data.batch_size, accumulation)}, "
             "or change train.accumulation",
         )
+    if data.shards and data.batch_size % data.shards:
+        yield Problem(
+            "data.shards",
+            f"{data.shards}, with data.batch_size {data.batch_size}",
+            f"a number that divides {data.batch_size}: each stream gives as many rows of a batch",
+            f"set data.shards={math.gcd(data.shards, data.batch_size)}, or change data.batch_size",
+        )
 
 
 def _tokenizer_may_exist(name: str) -> bool:

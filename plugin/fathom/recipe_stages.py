@@ -28,7 +28,7 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("attention", "query_chunk", "stretch", "balance", "remat", "selection", "recall_target",
               "mla_form"),
     "data": ("source", "path", "pattern", "exclude", "field", "thinking_mode", "sequence_length", "batch_size",
-             "packing", "shuffle", "shuffle_rows", "seed", "max_bytes"),
+             "packing", "shuffle", "shuffle_rows", "shards", "seed", "max_bytes"),
     "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),
     "train": ("accumulation", "stage", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_speed",
               "eval_every"),

@@ -244,7 +244,7 @@ def save_run(folder, model=(), train=()) -> None:
     state = TrainState(params, rest, {"count": jax.numpy.ones(3)}, jax.numpy.int32(1), seed_to_rng(0))
     about = describe_run(recipe.to_dict(), recipe.model_spec(), make_mesh({"fsdp": 8}), {})
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(state, {}, about)
+        checkpoints.save(state, [], about)
 
 
 def test_a_run_is_loaded_as_it_computed_unless_told_otherwise(tmp_path):

@@ -99,7 +99,7 @@ def save_steps(directory, made, steps, **options):
     about = describe_run(recipe.to_dict(), program.spec, program.mesh, {"files": {"a.txt": 3}})
     with Checkpoints(directory, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(at_step(state, step), DATA, about)
+            checkpoints.save(at_step(state, step), [DATA], about)
     return checkpoints
 
 
@@ -419,7 +419,7 @@ def test_a_failed_save_is_an_error_and_keeps_older_steps(tmp_path, made, monkeyp
         pytest.raises(CheckpointError, match="saving step 3 .*No space left.*complete step is 2"),
         Checkpoints(tmp_path, keep=1) as failing,
     ):
-        failing.save(at_step(state, 3), DATA, about)
+        failing.save(at_step(state, 3), [DATA], about)
     monkeypatch.undo()
     monkeypatch.setitem(zoo._registered, "toy-lm", TOY)
     restored = Checkpoints(tmp_path).restore(program.state)

@@ -9,7 +9,15 @@ import jax
 import pytest
 
 from fathom import distributed
-from fathom.distributed import ADDRESS, COUNT, INDEX, explicit_settings, find_cluster, initialize_distributed
+from fathom.distributed import (
+    ADDRESS,
+    COUNT,
+    INDEX,
+    explicit_settings,
+    find_cluster,
+    initialize_distributed,
+    process_count,
+)
 
 ALL = {ADDRESS: "host-0:8476", COUNT: "4", INDEX: "3"}
 SRUN = {
@@ -89,6 +97,22 @@ def test_missing_settings_are_named(calls, monkeypatch, missing):
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         explicit_settings({**ALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("environ", "count"), [(ALL, 4), (SRUN, 2), ({"OMPI_COMM_WORLD_SIZE": "3"}, 3), ({**SRUN, **ALL}, 4)]
+)
+def test_the_number_of_processes_is_known_before_devices_are_used(calls, monkeypatch, environ, count):
+    set_all(monkeypatch, environ)
+    assert process_count() == 1
+    calls.append("joined")
+    assert process_count() == count
+
+
+def test_a_number_of_processes_that_is_not_known(calls):
+    calls.append("joined")
+    with pytest.raises(ValueError, match="not known before devices are used; set JAX_COORDINATOR_ADDRESS"):
+        process_count()
 
 
 def test_empty_settings_are_none():

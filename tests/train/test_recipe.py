@@ -12,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-from fathom import zoo
+from fathom import distributed, zoo
 from fathom.cli import main
 from fathom.mesh import AXES
 from fathom.recipe import (
@@ -426,6 +426,20 @@ def test_simulated_devices():
     four = recipe_with(mesh__data=2, mesh__simulated_devices=4)
     found = problems_of(four.use_simulated_devices)["mesh.simulated_devices"].found
     assert found.startswith("4 simulated CPU devices asked for, and jax already runs with 8 cpu devices")
+
+
+def test_streams_of_data_divide_a_batch():
+    problem = problems_of(recipe_with(data__shards=6, data__batch_size=8).check, 8)["data.shards"]
+    assert problem.found == "6, with data.batch_size 8" and problem.fix.startswith("set data.shards=2, or change")
+
+
+def test_processes_share_simulated_devices(monkeypatch):
+    """Each has its part: here, where jax has 8, this process is one of two of a mesh of 16."""
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    recipe_with(mesh__data=8, mesh__simulated_devices=16).use_simulated_devices()
+    monkeypatch.setattr(distributed, "process_count", lambda: 3)
+    problem = problems_of(recipe_with(mesh__simulated_devices=8).use_simulated_devices)["mesh.simulated_devices"]
+    assert problem.found == "8 devices for 3 processes" and "a multiple of 3" in problem.expected
 
 
 # --- Resuming ------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
     python -m tests.train.two_processes RESULT FOLDER OPTIONS
 
 Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
-`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "hinder": True for what
-only one process meets, see `hindered`.
+`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "late", seconds that its
+compiling takes longer; "hinder": True for what only one process meets, see `hindered`.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -26,6 +27,9 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     jax.config.update("jax_num_cpu_devices", options["devices"])
     zoo.register(toy_model.TOY)
     recipe = runs.make_recipe(folder, **options.get("recipe", {}))
+    if options.get("late") and jax.process_index() == 1:
+        compile_together = loop.compile_together
+        loop.compile_together = lambda *given: (time.sleep(options["late"]), compile_together(*given))
     values = hindered(folder, recipe) if options.get("hinder") else run(recipe, options.get("term_step", 0))
     result_file.write_text(json.dumps({"processes": jax.process_count(), **values}))
 

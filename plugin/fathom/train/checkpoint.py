@@ -4,10 +4,11 @@ read; what is in one is said in `fathom.step_folder`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ MIN_SLICE_BYTES = 64 << 10
 
 
 class Restored(NamedTuple):
-    """A restored run: the state, the data iterator states of all processes, and the payload."""
+    """A restored run: the state, the states of the data streams, and the payload."""
 
     state: TrainState
     data_states: list[Any]
@@ -88,13 +89,14 @@ class Checkpoints:
                 "set checkpoint.directory to a folder that can be"
             ) from error
 
-    def save(self, state: TrainState, data_state: Any, description: Mapping[str, Any]) -> None:
+    def save(self, state: TrainState, data_states: Sequence[Any], description: Mapping[str, Any]) -> None:
         """Starts a save (finishes it, when not async). Older steps go only once this one is
         complete.
 
         Args:
           state: the state after `state.step` steps.
-          data_state: JSON-able state of this process's data iterator at that step.
+          data_states: JSON-able states at that step of the data streams that this process answers for; the
+            checkpoint holds those of all processes.
           description: JSON-able facts about the run, see `describe_run`.
 
         Raises:
@@ -110,7 +112,7 @@ class Checkpoints:
             **description,
             "format": FORMAT,
             "step": step,
-            "data_states": gather_json(data_state),
+            "data_states": list(itertools.chain.from_iterable(gather_json(list(data_states)))),
             "leaves": leaves,
         }
         custom = {"fathom": payload, "crc32": json_crc32(payload)}

@@ -3,7 +3,7 @@
 documents -> holdout split -> shuffle, anew each epoch -> one shard's documents -> tokens + EOS -> rows
 of sequence_length -> batches. Of conversations (`fathom.train.chat`) a batch also says which tokens are
 trained. Everything is a function of the settings and a position, so that the state in a checkpoint is a
-few numbers. Processes that feed the same rows of the batch read the same shard.
+few numbers. Which process reads which shards is said in `fathom.train.streams`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -142,6 +142,7 @@ class Loader:
         self.num_documents = len(indices)
         self._vocab_size = vocab_size
         self._marked = block.source == CHAT
+        self._opened = (block, documents, tokenizer, vocab_size, split)
         self._local_rows = block.batch_size // shard_count
         self._identity = {
             "version": STATE_VERSION,
@@ -230,24 +231,16 @@ class Loader:
             raise DataError(f"the state of the loader is damaged: {error!r}") from None
         self.step = step
 
-    def own_state(self, states: Sequence[Any]) -> Any:
-        """The state of this loader's shard among those that the processes of a run saved.
+    def shard(self, index: int, count: int) -> Loader:
+        """The loader, at its beginning, of another shard of the same split: its documents are open already.
 
         Raises:
-          DataError: when that run had another number of shards.
+          DataError: when `count` shards do not divide the rows of a batch, or are more than the documents.
         """
-        count, index = self._identity["shard_count"], self._identity["shard_index"]
-        try:
-            saved = {(state["shard_count"], state["shard_index"]): state for state in states}
-            found = max(saved)[0]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"data order: the checkpoint's states are not those of loaders: {error!r}") from None
-        if (count, index) not in saved:
-            raise DataError(
-                f"data order: of {found} shards (processes that feed different rows) in the checkpoint, of {count} "
-                "now; resume with as many processes, and mesh axes that cut the batch over them alike"
-            )
-        return saved[count, index]
+        block, documents, tokenizer, vocab_size, split = self._opened
+        _check_settings(block, index, count, split)
+        indices = _select(documents, block, split, count)
+        return Loader(block, documents, indices, tokenizer, vocab_size, index, count, split)
 
 
 def batch_hash(batch: Mapping[str, np.ndarray]) -> str:
@@ -316,7 +309,7 @@ def _select(documents: Documents, block: DataSettings, split: str, shard_count: 
             raise DataError(
                 f"data.path {block.path} has {len(documents)} documents, {counts[name]} of them in the "
                 f"{name} split at data.holdout={block.holdout}, expected at least one for each of "
-                f"{shard_count} shards (processes that feed different rows); add documents or change data.holdout"
+                f"{shard_count} shards; add documents, or change data.holdout or data.shards"
             )
     return np.flatnonzero(held_out if split == "holdout" else ~held_out)
 

@@ -23,13 +23,15 @@ from fathom.train.checkpoint import Checkpoints
 from fathom.train.checkpoint_format import agree
 from fathom.train.checkpoint_model import start_from
 from fathom.train.curriculum import OtherStageError, Stage, stage_at, stages_of
-from fathom.train.data import DataError, Loader, batch_hash, make_loader
+from fathom.train.data import DataError
 from fathom.train.manifest import config_differences, describe_run
 from fathom.train.metrics import probe_metrics
 from fathom.train.report import NonFiniteError, RunReport
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
 from fathom.train.stopping import StopSignal
+from fathom.train.streams import Rows, RowStreams
+from fathom.train.together import compile_together
 
 __all__ = ["NonFiniteError", "TrainResult", "train"]
 
@@ -101,20 +103,23 @@ def train_stage(
         checkpoints,
     ):
         state, start = restore_or_init(stage, stages, program, checkpoints, description, loader)
+        if holdout is not None:
+            holdout.use(loader.count)
+        compile_together(program, recipe.data.batch_size, recipe.data.sequence_length)
         done, stopping = start, False
         last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
         with RunReport(recipe, _headline(stage, len(stages), program, start), start, whole) as report:
             for done in range(start + 1, last + 1):
                 batch = next_batch(loader, done)
                 state, metrics = program.step(state, to_devices(batch, program, recipe))
-                report.push(done, metrics, batch_hash(batch))
+                report.push(done, metrics, loader.batch_hash)
                 checkpoints.poll()
                 stopping = stop.requested()
                 if holdout is not None and done % recipe.train.eval_every == 0:
                     report.evaluation(done, evaluate(recipe, program, state, holdout))
                 if done % recipe.checkpoint.every == 0 or done == last or stopping:
                     report.flush()  # raises rather than save after a bad step
-                    checkpoints.save(state, loader.get_state(), description)
+                    checkpoints.save(state, loader.states_to_save(), description)
                     report.restart_clock()
                 if stopping:
                     break
@@ -151,20 +156,21 @@ def open_checkpoints(recipe: Recipe) -> Checkpoints:
     return checkpoints
 
 
-def open_loader(recipe: Recipe, program: Program, split: str = "train") -> Loader:
+def open_loader(recipe: Recipe, program: Program, split: str = "train") -> RowStreams:
     """The batches of the rows that this process's devices hold; processes that hold the same rows read the same."""
-    index, count = row_shard(recipe, program.batch_sharding, jax.process_index())
-    return make_loader(
+    parts = row_parts(recipe, program.batch_sharding)
+    return RowStreams(
         recipe.data,
         vocab_size=program.spec.config.vocab_size,
-        shard_index=index,
-        shard_count=count,
+        rows=parts,
+        process=jax.process_index(),
+        count=len(set(parts.values())),
         split=split,
     )
 
 
-def row_shard(recipe: Recipe, sharding: jax.sharding.Sharding, process: int) -> tuple[int, int]:
-    """(index, count): which of how many equal parts of the rows of a batch the devices of a process hold.
+def row_parts(recipe: Recipe, sharding: jax.sharding.Sharding) -> dict[int, Rows]:
+    """Process -> the rows of a batch that its devices hold.
 
     Mesh axes that do not cut rows (`tensor`, `context`) may span processes: these hold the same part. A part need
     not be contiguous: on a torus the devices of a host often are not neighbours in the mesh.
@@ -179,10 +185,10 @@ def row_shard(recipe: Recipe, sharding: jax.sharding.Sharding, process: int) -> 
     rows: dict[int, set[tuple[int, int]]] = {}
     for device, (block, _) in sharding.devices_indices_map(shape).items():
         rows.setdefault(device.process_index, set()).add(block.indices(shape[0])[:2])
-    parts = sorted({tuple(sorted(blocks)) for blocks in rows.values()})
-    blocks = [block for part in parts for block in part]
-    if len(set(blocks)) != len(blocks) or len({len(part) for part in parts}) != 1:
-        shown = ", ".join(f"process {p}: {_ranges(blocks)}" for p, blocks in sorted(rows.items())[:4])
+    parts = {process: tuple(sorted(blocks)) for process, blocks in rows.items()}
+    blocks = [block for part in set(parts.values()) for block in part]
+    if len(set(blocks)) != len(blocks) or len({len(part) for part in parts.values()}) != 1:
+        shown = ", ".join(f"process {p}: {_ranges(blocks)}" for p, blocks in sorted(parts.items())[:4])
         problem = Problem(
             "mesh",
             f"{dict(recipe.mesh.shape)}, whose devices hold these rows of a batch: {shown}",
@@ -190,14 +196,14 @@ def row_shard(recipe: Recipe, sharding: jax.sharding.Sharding, process: int) -> 
             "change the mesh axes so that those that cut the batch split evenly over the processes",
         )
         raise RecipeError([problem], recipe.name)
-    return parts.index(tuple(sorted(rows[process]))), len(parts)
+    return parts
 
 
-def _ranges(blocks: set[tuple[int, int]]) -> str:
-    return " and ".join(f"{start} to {stop - 1}" for start, stop in sorted(blocks))
+def _ranges(blocks: Rows) -> str:
+    return " and ".join(f"{start} to {stop - 1}" for start, stop in blocks)
 
 
-def next_batch(loader: Loader, step: int) -> dict[str, np.ndarray]:
+def next_batch(loader: RowStreams, step: int) -> dict[str, np.ndarray]:
     """The next batch; ValueError, naming the step, when there is none."""
     try:
         return next(loader)
@@ -221,7 +227,7 @@ def restore_or_init(
     program: Program,
     checkpoints: Checkpoints,
     description: Mapping[str, Any],
-    loader: Loader,
+    loader: RowStreams,
 ) -> tuple[TrainState, int]:
     """(state, steps done), from the newest sound checkpoint or fresh; puts the loader at that step.
 
@@ -260,7 +266,7 @@ def restore_or_init(
     step = int(restored.state.step)
     if begins:
         return stage.begin(program, restored.state), step
-    loader.set_state(loader.own_state(restored.data_states))
+    loader.restore(restored.data_states)
     if loader.step != step - stage.first:
         raise CheckpointError(
             f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step + stage.first}, its model at "
@@ -269,7 +275,7 @@ def restore_or_init(
     return restored.state, step
 
 
-def _data_differences(payload: Mapping[str, Any], description: Mapping[str, Any], loader: Loader) -> list[str]:
+def _data_differences(payload: Mapping[str, Any], description: Mapping[str, Any], loader: RowStreams) -> list[str]:
     """In what a checkpoint's data is not what the loader reads, one text each."""
     old, new = payload["data_fingerprint"], description["data_fingerprint"]
     problems = [
@@ -278,7 +284,7 @@ def _data_differences(payload: Mapping[str, Any], description: Mapping[str, Any]
         if old.get(key) != new.get(key)
     ]
     try:
-        loader.own_state(payload["data_states"])
+        loader.check(payload["data_states"])
     except DataError as error:
         problems.append(str(error))
     return problems
@@ -297,7 +303,7 @@ def check_init(recipe: Recipe) -> None:
 
 
 def evaluate(
-    recipe: Recipe, program: Program, state: TrainState, loader: Loader
+    recipe: Recipe, program: Program, state: TrainState, loader: RowStreams
 ) -> dict[str, float]:
     """Mean losses over the first EVAL_BATCHES batches of held-out documents; names begin with
     "eval/".

@@ -1,0 +1,120 @@
+"""`fathom launch`: arguments in; processes here, or a manifest and commands for a cluster, out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+
+from fathom.cli_problem import ArgumentProblem
+
+TARGETS = ("local", "jobset", "xpk", "tpu-vm")
+OPTIONS = {
+    "local": {"grace"},
+    "jobset": {"topology", "name", "image", "namespace", "max_restarts", "grace", "service_account", "spot"},
+    "xpk": {"topology", "name", "image", "cluster", "project", "zone", "max_restarts", "grace", "spot"},
+    "tpu-vm": {"topology", "name", "project", "zone", "install", "runtime", "spot", "reserved"},
+}
+"""Which options each target takes; others are refused."""
+
+REQUIRED = {"jobset": ("image",), "xpk": ("image", "cluster"), "tpu-vm": ("project", "zone"), "local": ()}
+LOCAL_GRACE = 30.0
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `fathom launch`."""
+    sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="for example mesh.topology=v5p:4x4x8")
+    sub.add_argument("--on", required=True, choices=TARGETS, metavar="|".join(TARGETS), help="where to")
+    sub.add_argument(
+        "--hosts", type=int, metavar="N", help="processes (local, 1 unless given); else checked against the slice"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="print the manifest or the commands, start nothing")
+    sub.add_argument("--topology", metavar="T", help="the slice, in place of mesh.topology: v5p:8x8x8, 2*v6e:16x16")
+    sub.add_argument("--name", help="of the workload, made from the recipe's name unless given")
+    sub.add_argument("--image", help="container image with fathom in it (jobset, xpk)")
+    sub.add_argument("--namespace", help="of Kubernetes (jobset; default)")
+    sub.add_argument("--service-account", help="of Kubernetes, for access to storage (jobset)")
+    sub.add_argument("--cluster", help="GKE cluster (xpk)")
+    sub.add_argument("--project", help="of Google Cloud (tpu-vm, xpk)")
+    sub.add_argument("--zone", help="of Google Cloud (tpu-vm, xpk)")
+    sub.add_argument("--install", help="shell command that installs fathom on a host (tpu-vm)")
+    sub.add_argument("--runtime", help="image of the hosts (tpu-vm; that of the generation)")
+    sub.add_argument("--spot", action="store_true", default=None, help="capacity that may be taken away")
+    sub.add_argument("--reserved", action="store_true", default=None, help="capacity of a reservation (tpu-vm)")
+    sub.add_argument("--max-restarts", type=int, metavar="N", help="after failures (jobset, xpk; 10)")
+    sub.add_argument(
+        "--grace",
+        type=int,
+        metavar="SECONDS",
+        help="from SIGTERM to SIGKILL (jobset, xpk; 600); for the others once a process has ended (local; 30)",
+    )
+
+
+def run_launch(arguments: argparse.Namespace) -> int:
+    """Launches, or prints what would be; gives the exit code.
+
+    Standard output of --dry-run is the manifest or the commands and nothing else.
+
+    Raises:
+      ArgumentProblem, RecipeError: for what cannot be launched; all else as the targets raise it.
+    """
+    given = _given(arguments)
+    if arguments.on == "local":
+        return _local(arguments, given)
+    from fathom.launch import jobset, tpu_vm, xpk
+    from fathom.launch.plan import make_plan
+
+    target = {"jobset": jobset, "xpk": xpk, "tpu-vm": tpu_vm}[arguments.on]
+    common = {name: given.pop(name) for name in ("topology", "name") if name in given}
+    plan = make_plan(
+        arguments.recipe,
+        arguments.overrides,
+        target=arguments.on,
+        hosts=arguments.hosts,
+        longest_name=target.longest_name,
+        **common,
+    )
+    options = target.Options(**given)
+    target.check(plan, options)
+    for note in plan.notes:
+        print(f"fathom launch: {note}", file=sys.stderr)
+    if arguments.dry_run:
+        print(target.text(plan, options), end="")
+    else:
+        target.run(plan, options)
+    return 0
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, object]:
+    """The target's options that were given; ArgumentProblem, naming all, for others, missing and senseless ones."""
+    known = set().union(*OPTIONS.values())
+    given = {name: value for name in sorted(known) if (value := getattr(arguments, name)) is not None}
+
+    def spell(names: Iterable[str]) -> str:
+        return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+    problems = []
+    if other := given.keys() - OPTIONS[arguments.on]:
+        problems.append(f"{spell(other)}: not for --on {arguments.on}, which takes {spell(OPTIONS[arguments.on])}")
+    if missing := [name for name in REQUIRED[arguments.on] if not given.get(name)]:
+        problems.append(f"{spell(missing)}: needed for --on {arguments.on}; nothing here can know it")
+    for name, least in (("max_restarts", 0), ("grace", 1)):
+        if isinstance(value := given.get(name), int) and value < least:
+            problems.append(f"{spell([name])} is {value}, expected at least {least}")
+    if problems:
+        raise ArgumentProblem("; ".join(problems))
+    return given
+
+
+def _local(arguments: argparse.Namespace, given: dict[str, object]) -> int:
+    from fathom.launch import local
+    from fathom.recipe import load_recipe
+
+    hosts = 1 if arguments.hosts is None else arguments.hosts
+    local.check(load_recipe(arguments.recipe, arguments.overrides), hosts)
+    train = [arguments.recipe, *arguments.overrides]
+    if arguments.dry_run:
+        print("\n".join(local.commands(train, hosts)))
+        return 0
+    return local.run(train, hosts, float(given.get("grace", LOCAL_GRACE)))

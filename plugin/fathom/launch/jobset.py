@@ -1,0 +1,202 @@
+"""A JobSet manifest for GKE: one Job for each slice, one pod for each host, and the recipe beside them.
+
+What the exit codes of `fathom train` do: 2 (the recipe is wrong) fails the JobSet at once; 3 (saved and stopped) and a
+pod that lost its node start everything anew, as often as that happens; any other does up to `max_restarts` times. A Job
+fails with its first pod, and its message names the rule of `podFailurePolicy` that the pod met; the JobSet's rules look
+for that number (`onJobFailureMessagePatterns`: JobSet 0.10.1 or newer).
+
+A JobSet that has ended stays; another launch under its name needs `kubectl delete jobset NAME` first, and resumes.
+
+Pods find each other by what GKE puts into their environment (TPU_WORKER_HOSTNAMES, and MEGASCALE_* for several slices)
+through the headless service that JobSet makes. There is no liveness probe: a pod whose training hangs looks alive to
+every test that does not read the training's own progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from fathom.cli_problem import ArgumentProblem
+from fathom.launch.plan import NAME, Plan, find_tool, run_tool
+from fathom.topology import Topology
+
+JOB = "slice"
+RECIPE_FOLDER = "/etc/fathom"
+RECIPE_FILE = "recipe.yaml"
+PORTS = {"jax": 8476, "tpu": 8471, "megascale": 8080}
+"""The coordinator of jax, the TPU runtime, the coordinator of several slices: their defaults, declared for readers."""
+
+POD_RULES: tuple[tuple[str, Mapping[str, Any], str], ...] = (
+    ("badRecipe", {"onExitCodes": {"containerName": "train", "operator": "In", "values": [2]}}, "FailJobSet"),
+    (
+        "savedAndStopped",
+        {"onExitCodes": {"containerName": "train", "operator": "In", "values": [3]}},
+        "RestartJobSetAndIgnoreMaxRestarts",
+    ),
+    (
+        "nodeLost",
+        {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        "RestartJobSetAndIgnoreMaxRestarts",
+    ),
+)
+"""Name, what happened to a pod, what the JobSet does. What none of them says is RestartJobSet, which counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a manifest says beside the plan.
+
+    Attributes:
+      image: of the container, with fathom in it. namespace: of everything in the manifest.
+      max_restarts: after failures that are neither the recipe's nor a lost node's.
+      grace: seconds between SIGTERM and SIGKILL: a step and a save must fit.
+      service_account: of Kubernetes, for access to storage. None is the namespace's default.
+      spot: ask for nodes that may be taken away.
+    """
+
+    image: str
+    namespace: str = "default"
+    max_restarts: int = 10
+    grace: int = 600
+    service_account: str | None = None
+    spot: bool = False
+
+
+def longest_name(topology: Topology) -> int:
+    """How long a JobSet's name may be: names of pods, <name>-slice-<job>-<pod>-<5 letters>, are labels of 63."""
+    suffix = f"-{JOB}-{topology.slices - 1}-{topology.hosts_per_slice - 1}-xxxxx"
+    return 63 - len(suffix)
+
+
+def text(plan: Plan, options: Options) -> str:
+    """The manifest: a ConfigMap with the resolved recipe and the JobSet, as YAML of two documents."""
+    # The name says which recipe: another launch under this name must not change what a running JobSet restarts with.
+    name = f"{plan.name}-recipe-{plan.recipe.digest()[:8]}"
+    about = {"namespace": options.namespace, "labels": {"app.kubernetes.io/managed-by": "fathom"}}
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, **about},
+        "immutable": True,
+        "data": {RECIPE_FILE: plan.recipe_yaml},
+    }
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": plan.name,
+            **about,
+            # One slice is one node pool: without this, pods of a slice could be spread over two.
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "network": {"enableDNSHostnames": True},
+            "failurePolicy": {"maxRestarts": options.max_restarts, "rules": _jobset_rules()},
+            "replicatedJobs": [
+                {
+                    "name": JOB,
+                    "replicas": plan.topology.slices,
+                    "template": {"spec": _job(plan.topology, options, name)},
+                }
+            ],
+        },
+    }
+    # Aliases (&id001) for what both documents hold would be right, and hard to read.
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    dumper.add_representer(str, _text)
+    return yaml.dump_all([config, jobset], Dumper=dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    """The recipe as a block of lines."""
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+def _jobset_rules() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "action": action,
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [f"matching FailJob rule at index {number}$"],
+        }
+        for number, (name, _, action) in enumerate(POD_RULES)
+    ]
+
+
+def _job(topology: Topology, options: Options, config_map: str) -> dict[str, Any]:
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": topology.generation.gke_accelerator,
+        "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
+    }
+    pod: dict[str, Any] = {"nodeSelector": selector}
+    if options.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+        # Set by GKE on such nodes; pods that do not tolerate it are not placed there.
+        pod["tolerations"] = [
+            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
+    if options.service_account is not None:
+        pod["serviceAccountName"] = options.service_account
+    chips = {"google.com/tpu": topology.chips_per_host}
+    container = {
+        "name": "train",
+        "image": options.image,
+        # The program itself, no shell before it: SIGTERM reaches Python, and its exit code is the pod's.
+        "command": ["python", "-m", "fathom", "train", f"{RECIPE_FOLDER}/{RECIPE_FILE}"],
+        "ports": [{"name": name, "containerPort": port} for name, port in PORTS.items()],
+        "resources": {"requests": dict(chips), "limits": dict(chips)},
+        "volumeMounts": [{"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}],
+    }
+    pod |= {
+        "restartPolicy": "Never",  # what podFailurePolicy asks for; a host alone could not join the others again
+        "terminationGracePeriodSeconds": options.grace,
+        # Else Python is process 1, to which SIGTERM does nothing until the training listens for it.
+        "shareProcessNamespace": True,
+        "containers": [container],
+        "volumes": [{"name": "recipe", "configMap": {"name": config_map}}],
+    }
+    return {
+        "parallelism": topology.hosts_per_slice,
+        "completions": topology.hosts_per_slice,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", **rule} for _, rule, _ in POD_RULES]},
+        "template": {"spec": pod},
+    }
+
+
+def check_slices(topology: Topology) -> None:
+    """ArgumentProblem for slices that GKE does not join."""
+    if topology.slices > 1 and topology.hosts_per_slice == 1:
+        raise ArgumentProblem(
+            f"{topology}: GKE joins slices of several hosts each, and {topology.slice_name} has one; use larger "
+            "slices, or one slice"
+        )
+
+
+def check(plan: Plan, options: Options) -> None:
+    """ArgumentProblem for slices that GKE does not join, and names that Kubernetes does not take."""
+    check_slices(plan.topology)
+    for option, value in (("--namespace", options.namespace), ("--service-account", options.service_account)):
+        if value is not None and not (re.fullmatch(NAME, value) and len(value) <= 63):
+            raise ArgumentProblem(
+                f"{option} is {value!r}, expected at most 63 lower-case letters, digits and '-', a letter first and no "
+                "'-' last; correct it"
+            )
+
+
+def run(plan: Plan, options: Options) -> None:
+    """Gives the manifest to kubectl.
+
+    Raises:
+      MissingToolError, LaunchError: when it is not there, or fails.
+    """
+    kubectl = find_tool("kubectl", "install it: gcloud components install kubectl")
+    run_tool([kubectl, "apply", "-f", "-"], stdin=text(plan, options))

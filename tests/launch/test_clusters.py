@@ -1,0 +1,423 @@
+"""`fathom launch` onto clusters: manifests and commands that are exact, and refusals before anything is started."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fathom import zoo
+from fathom.cli import main
+from fathom.launch import jobset, tpu_vm
+from fathom.recipe import load_recipe
+from fathom.topology import parse_topology
+from tests.launch.json_schema import problems
+from tests.train.small_recipe import SMALL, SPEC, changed, write_recipe
+
+SCHEMA = json.loads((Path(__file__).parent / "jobset.schema.json").read_text())
+
+# topology: slices, hosts a slice, chips a host, node labels, accelerator type, devices
+SLICES = {
+    "v4:2x2x1": (1, 1, 4, "tpu-v4-podslice", "2x2x1", "v4-8", 4),
+    "v4:2x2x4": (1, 4, 4, "tpu-v4-podslice", "2x2x4", "v4-32", 16),
+    "v5e:4x4": (1, 4, 4, "tpu-v5-lite-podslice", "4x4", "v5litepod-16", 16),
+    "v5e:16x16": (1, 64, 4, "tpu-v5-lite-podslice", "16x16", "v5litepod-256", 256),
+    "v5p:4x4x4": (1, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-128", 64),
+    "v5p:8x8x8": (1, 128, 4, "tpu-v5p-slice", "8x8x8", "v5p-1024", 512),
+    "v6e:1x1": (1, 1, 1, "tpu-v6e-slice", "1x1", "v6e-1", 1),
+    "v6e:16x16": (1, 64, 4, "tpu-v6e-slice", "16x16", "v6e-256", 256),
+    "tpu7x:2x2x1": (1, 1, 4, "tpu7x", "2x2x1", "tpu7x-8", 8),
+    "tpu7x:4x4x4": (1, 16, 4, "tpu7x", "4x4x4", "tpu7x-128", 128),
+    "2*v6e:4x8": (2, 8, 4, "tpu-v6e-slice", "4x8", "v6e-32", 64),
+    "4*v5p:4x4x4": (4, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-128", 256),
+}
+VM_OPTIONS = ["--project", "p", "--zone", "z"]
+TARGETS = {
+    "jobset": ["--image", "registry/fathom:1"],
+    "xpk": ["--image", "registry/fathom:1", "--cluster", "c"],
+    "tpu-vm": VM_OPTIONS,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Writes a sound recipe for a topology."""
+    monkeypatch.setitem(zoo._registered, SPEC.name, SPEC)
+
+    def write(topology="2*v6e:4x8", **changes):
+        devices = parse_topology(topology).devices
+        fsdp = 2 if devices > 1 else 1
+        values = {"mesh": {"data": devices // fsdp, "fsdp": fsdp, "topology": topology}, "data.batch_size": devices}
+        values |= {"checkpoint.directory": "gs://bucket/run"}
+        return str(write_recipe(tmp_path, changed(SMALL, values | changes), "my.Run_1"))
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def no_tools(monkeypatch, tmp_path):
+    """None of the clusters' tools is on PATH, whatever this machine has."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("something was started"))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("something was started"))
+
+
+def launch(target, *arguments):
+    return main(["launch", *arguments, "--on", target])
+
+
+def dry_run(capsys, target, *arguments):
+    code = launch(target, *arguments, "--dry-run")
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def install_tool(folder: Path, name: str, code: str) -> Path:
+    """A program that appends what it gets to <name>.log, as a line of JSON, and then runs `code`."""
+    log, program = folder / f"{name}.log", folder / "bin" / name
+    program.write_text(
+        f"#!{sys.executable}\nimport json, pathlib, sys\n"
+        f"stdin = sys.stdin.read() if {name == 'kubectl'} else ''\n"
+        f"log = pathlib.Path({str(log)!r})\n"
+        "with log.open('a') as file: file.write(json.dumps([sys.argv[1:], stdin]) + '\\n')\n"
+        "calls = [json.loads(line)[0] for line in log.read_text().splitlines()]\n" + code
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return log
+
+
+def calls(log: Path) -> list:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+# --- JobSet --------------------------------------------------------------------------------------
+
+
+def manifests(capsys, *arguments):
+    out = dry_run(capsys, "jobset", *TARGETS["jobset"], *arguments)
+    config, job_set = yaml.safe_load_all(out)
+    return config, job_set
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_manifests_ask_for_what_the_slices_have(recipe, capsys, nothing_starts, topology):
+    slices, hosts, chips, accelerator, shape, _, devices = SLICES[topology]
+    config, job_set = manifests(capsys, recipe(topology), "--hosts", str(slices * hosts))
+    assert problems(job_set, SCHEMA) == []
+    (group,) = job_set["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (group["replicas"], job["parallelism"], job["completions"]) == (slices, hosts, hosts)
+    assert container["resources"] == {"limits": {"google.com/tpu": chips}, "requests": {"google.com/tpu": chips}}
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": shape,
+    }
+    assert slices * hosts * chips * (2 if topology.startswith("tpu7x") else 1) == devices
+
+
+def test_the_recipe_that_was_planned_is_what_runs(recipe, capsys, nothing_starts, tmp_path):
+    source = recipe()
+    config, job_set = manifests(capsys, source, "train.steps=77")
+    assert (config["apiVersion"], config["kind"]) == ("v1", "ConfigMap")
+    assert config["metadata"]["namespace"] == job_set["metadata"]["namespace"] == "default"
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,), (volume,) = pod["containers"], pod["volumes"]
+    digest = load_recipe(source, ["train.steps=77"]).digest()
+    assert volume["configMap"]["name"] == config["metadata"]["name"] == f"my-run-1-recipe-{digest[:8]}"
+    assert config["immutable"] is True
+    (mount,) = container["volumeMounts"]
+    (file, text), *others = config["data"].items()
+    assert not others and mount["name"] == volume["name"]
+    # No shell between the kubelet and Python.
+    assert container["command"] == ["python", "-m", "fathom", "train", f"{mount['mountPath']}/{file}"]
+    (tmp_path / "mounted.yaml").write_text(text)
+    assert load_recipe(tmp_path / "mounted.yaml") == load_recipe(source, ["train.steps=77"])
+
+
+def outcome(job_set, exit_code=None, condition=None):
+    """What the JobSet does when a pod ends: the Job's rules and message as Kubernetes applies and writes them."""
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for number, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions", [])
+        if (codes and exit_code in codes["values"]) or condition in [c["type"] for c in conditions]:
+            reason, message = "PodFailurePolicy", f"... matching {rule['action']} rule at index {number}"
+            break
+    for rule in job_set["spec"]["failurePolicy"]["rules"]:
+        patterns = rule["onJobFailureMessagePatterns"]
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+def test_what_each_exit_code_does(recipe, capsys):
+    _, job_set = manifests(capsys, recipe(), "--max-restarts", "4", "--grace", "300")
+    assert outcome(job_set, 2) == "FailJobSet"
+    assert outcome(job_set, 3) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert outcome(job_set, 3, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
+    assert outcome(job_set, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
+    assert outcome(job_set, 1) == outcome(job_set, 137) == "RestartJobSet"
+    assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 4
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 300
+
+
+def test_options_of_a_jobset(recipe, capsys):
+    options = ["--name", "other", "--namespace", "team", "--service-account", "storage", "--spot"]
+    config, job_set = manifests(capsys, recipe(), *options)
+    assert problems(job_set, SCHEMA) == []
+    assert {m["metadata"]["namespace"] for m in (config, job_set)} == {"team"}
+    assert job_set["metadata"]["name"] == "other" and config["metadata"]["name"].startswith("other-recipe-")
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == "storage" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    (toleration,) = pod["tolerations"]
+    assert (toleration["key"], toleration["effect"]) == ("cloud.google.com/gke-spot", "NoSchedule")
+
+
+def places(value, path=()):
+    """The path of every key and item."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in pairs:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def test_the_schema_finds_every_misspelt_key(recipe, capsys):
+    """Or it would prove nothing."""
+    _, job_set = manifests(capsys, recipe(), "--spot", "--service-account", "a")
+    paths = [path for path in places(job_set) if isinstance(path[-1], str)]
+    assert len(paths) > 60
+    for path in paths:
+        spoilt = copy.deepcopy(job_set)
+        parent = spoilt
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1] + "s"] = parent.pop(path[-1])
+        assert problems(spoilt, SCHEMA), path
+
+
+def test_kubectl_gets_the_manifest(recipe, capsys, tmp_path):
+    log = install_tool(tmp_path, "kubectl", "sys.exit(0)")
+    source = recipe()
+    expected = dry_run(capsys, "jobset", source, *TARGETS["jobset"])
+    assert calls(log) == []
+    assert launch("jobset", source, *TARGETS["jobset"]) == 0
+    assert calls(log) == [[["apply", "-f", "-"], expected]]
+
+
+def test_a_kubectl_that_fails(recipe, capsys, tmp_path):
+    install_tool(tmp_path, "kubectl", "sys.exit(7)")
+    assert launch("jobset", recipe(), *TARGETS["jobset"]) == 1
+    assert "kubectl apply -f - failed with exit code 7" in capsys.readouterr().err
+
+
+# --- xpk -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_xpk_is_asked_for_the_slices(recipe, capsys, nothing_starts, topology):
+    slices, *_, accelerator_type, _ = SLICES[topology]
+    out = dry_run(capsys, "xpk", recipe(topology), *TARGETS["xpk"])
+    words = shlex.split(out)
+    assert out.count("\n") == 1 and words[:3] == ["xpk", "workload", "create"]
+    assert f"--tpu-type={accelerator_type}" in words and f"--num-slices={slices}" in words
+    assert {"--workload=my-run-1", "--cluster=c", "--docker-image=registry/fathom:1"} <= set(words)
+
+
+def in_shell(command, folder):
+    return subprocess.run(
+        ["/bin/sh", "-c", command], cwd=folder, env={"PATH": os.defpath}, capture_output=True, text=True, check=True
+    )
+
+
+def test_what_xpk_runs(recipe, capsys, tmp_path, monkeypatch):
+    source = recipe()
+    options = ["--project", "p", "--zone", "z", "--spot", "--max-restarts", "2", "--grace", "90"]
+    words = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"], *options, "train.steps=9"))
+    wanted = {"--project=p", "--zone=z", "--spot", "--max-restarts=2", "--termination-grace-period-seconds=90"}
+    assert wanted <= set(words)
+    (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    write, _, run = command.partition(" && ")
+    assert run == "exec python -m fathom train /tmp/fathom-recipe.yaml"
+    in_shell(write.replace("/tmp/", ""), tmp_path)
+    assert load_recipe(tmp_path / "fathom-recipe.yaml") == load_recipe(source, ["train.steps=9"])
+
+
+def test_xpk_gets_the_command(recipe, capsys, tmp_path):
+    log = install_tool(tmp_path, "xpk", "sys.exit(0)")
+    source = recipe()
+    expected = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"]))
+    assert launch("xpk", source, *TARGETS["xpk"]) == 0
+    assert calls(log) == [[expected[1:], ""]]
+
+
+# --- TPU VMs -------------------------------------------------------------------------------------
+
+# There is nothing at first; then a queue, then hosts. `calls` are those so far.
+GCLOUD = """
+described = sum(call[3] == "describe" for call in calls)
+created = any(call[3] == "create" for call in calls)
+if calls[-1][3] == "describe":
+    if not created:
+        sys.exit("ERROR: NOT_FOUND: no such resource")
+    print("ACTIVE" if described > 3 else "WAITING_FOR_RESOURCES")
+"""
+
+
+def verbs(log):
+    return [arguments[3] for arguments, _ in calls(log)]
+
+
+@pytest.mark.parametrize("how", ["run", "script"])
+def test_hosts_are_made_awaited_and_used(recipe, capsys, tmp_path, monkeypatch, how):
+    """The commands that are run, and the script that --dry-run prints, do the same."""
+    monkeypatch.setattr(tpu_vm, "POLL_SECONDS", 0)
+    log = install_tool(tmp_path, "gcloud", GCLOUD)
+    source = recipe("v5p:4x4x4")
+    script = dry_run(capsys, "tpu-vm", source, *VM_OPTIONS)
+    assert calls(log) == []
+    if how == "run":
+        assert launch("tpu-vm", source, *VM_OPTIONS) == 0
+    else:
+        path = f"{tmp_path / 'bin'}:{os.defpath}"
+        subprocess.run(["/bin/sh", "-c", script], env={"PATH": path}, check=True, capture_output=True)
+    made = calls(log)
+    assert [v for v in verbs(log) if v != "describe"] == ["create", "ssh", "ssh", "ssh"]
+    assert verbs(log)[:2] == ["describe", "create"] and verbs(log)[2:].count("describe") >= 3
+    assert all({"--project=p", "--zone=z"} <= set(arguments) and arguments[4] == "my-run-1" for arguments, _ in made)
+    (create,) = [arguments for arguments, _ in made if arguments[3] == "create"]
+    wanted = {"--type=v5p", "--topology=4x4x4", "--node-id=my-run-1", "--runtime-version=v2-alpha-tpuv5"}
+    assert wanted <= set(create)
+    texts = [arguments[-1].removeprefix("--command=") for arguments, _ in made if arguments[3] == "ssh"]
+    assert texts[1] == "pip install --upgrade 'fathom-jax[tpu]'"
+    assert texts[2] == "exec python3 -m fathom train fathom-recipe.yaml"
+    in_shell(texts[0], tmp_path)
+    assert load_recipe(tmp_path / "fathom-recipe.yaml") == load_recipe(source)
+    assert all({"--node=all", "--worker=all"} <= set(arguments) for arguments, _ in made if arguments[3] == "ssh")
+
+
+def test_hosts_that_are_there_are_used_again(recipe, capsys, tmp_path):
+    log = install_tool(tmp_path, "gcloud", "print('ACTIVE' if calls[-1][3] == 'describe' else '')")
+    assert launch("tpu-vm", recipe("v6e:4x4"), *VM_OPTIONS) == 0
+    assert verbs(log) == ["describe", "describe", "ssh", "ssh", "ssh"]
+
+
+def test_several_slices_of_hosts(recipe, capsys):
+    lines = dry_run(capsys, "tpu-vm", recipe("2*v5e:4x4"), *VM_OPTIONS, "--spot", "--runtime", "r").splitlines()
+    nodes = "--node-count=2 --node-prefix=my-run-1 --spot"
+    assert f"--type=v5litepod --topology=4x4 --runtime-version=r {nodes}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("print('FAILED')", "queued resource my-run-1 is FAILED and will not become ACTIVE; look at it with gcloud"),
+        ("sys.exit('ERROR: PERMISSION_DENIED')", "failed with exit code 1: ERROR: PERMISSION_DENIED"),
+        ("print('ACTIVE') if calls[-1][3] == 'describe' else sys.exit(255)", "failed with exit code 255"),
+    ],
+)
+def test_hosts_that_do_not_come(recipe, capsys, tmp_path, code, words):
+    log = install_tool(tmp_path, "gcloud", code)
+    assert launch("tpu-vm", recipe("v6e:4x4"), *VM_OPTIONS) == 1
+    assert words in capsys.readouterr().err
+    assert verbs(log).count("ssh") <= 1 and "create" not in verbs(log)
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "tool"), [("jobset", "kubectl"), ("xpk", "xpk"), ("tpu-vm", "gcloud")])
+def test_a_missing_tool_is_one_clear_error(recipe, capsys, nothing_starts, target, tool):
+    source = recipe()
+    assert launch(target, source, *TARGETS[target]) == 1
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if "is not installed" in line]
+    assert line.startswith(f"fathom launch: {tool} is not installed (not on PATH), nothing was launched; install")
+    assert "--dry-run" in line and out == "" and "Traceback" not in err
+    assert dry_run(capsys, target, source, *TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v9:2x2"], "--topology: topology 'v9:2x2': found generation 'v9', expected one of v4, v5e"),
+        (["--topology", "8x8"], "--topology: topology: found '8x8', expected a generation and its chips"),
+        (["--topology", "v5p:3x4x4"], "hosts of 2x2x1 chips do not fill it; the next larger that they do is v5p:4x4x4"),
+        (["mesh.topology=v5p:4x4"], "found 2 dimensions, TPU v5p has 3"),
+        (["--topology", "v6e:4x4"], "mesh.topology: found v6e:4x4, of 16 devices; expected a slice of 64 devices"),
+        (["mesh.topology=null"], "needs to know the slice, and recipe my.Run_1 has no mesh.topology; give --topology"),
+        (["--hosts", "8"], "--hosts is 8, and 2*v6e:4x8 has 16: 2 x 8 of 4 chips each; leave --hosts out"),
+        (["--name", "Bad_Name"], "--name is 'Bad_Name' (8 characters), expected at most"),
+        (["--name", "x-"], "--name is 'x-'"),
+        (["--name", "a" * 64], "(64 characters), expected at most"),
+        (["mesh.simulated_devices=64"], "mesh.simulated_devices: found 64, for --on"),
+        (["checkpoint.directory=null"], "checkpoint.directory: found 'runs/my.Run_1/checkpoints', a folder of each"),
+        (["mesh.data=16", "train.stepz=3"], "train.stepz"),
+        (["data.batch_size=63"], "data.batch_size: found 63; expected a multiple of 64"),
+    ],
+)
+def test_what_does_not_fit_together(recipe, capsys, nothing_starts, target, arguments, words):
+    for mode in ([], ["--dry-run"]):
+        assert launch(target, recipe(), *TARGETS[target], *arguments, *mode) == 2
+        out, err = capsys.readouterr()
+        assert words in err and out == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("target", "topology", "arguments", "words"),
+    [
+        ("jobset", "v6e:4x4", [], "--image: needed for --on jobset"),
+        ("xpk", "v6e:4x4", [], "--cluster, --image: needed for --on xpk"),
+        ("tpu-vm", "v6e:4x4", ["--zone", "z"], "--project: needed for --on tpu-vm; nothing here can know it"),
+        ("tpu-vm", "v6e:4x4", [*VM_OPTIONS, "--image", "x"], "--image: not for --on tpu-vm, which takes --install"),
+        ("tpu-vm", "v6e:4x4", [*VM_OPTIONS, "--spot", "--reserved"], "--spot and --reserved"),
+        ("tpu-vm", "tpu7x:4x4x4", VM_OPTIONS, "TPU7x is there in GKE only; use --on jobset"),
+        ("jobset", "2*v4:2x2x1", TARGETS["jobset"], "GKE joins slices of several hosts each, and v4:2x2x1 has one"),
+        ("xpk", "2*v4:2x2x1", TARGETS["xpk"], "GKE joins slices of several hosts each"),
+        ("jobset", "v6e:4x4", [*TARGETS["jobset"], "--namespace", "A b"], "--namespace is 'A b', expected"),
+        ("jobset", "v6e:4x4", [*TARGETS["jobset"], "--max-restarts", "-1"], "--max-restarts is -1, expected at"),
+        ("xpk", "v6e:4x4", [*TARGETS["xpk"], "--name", "a" * 41], "expected at most 40"),
+    ],
+)
+def test_what_a_target_cannot_do(recipe, capsys, nothing_starts, target, topology, arguments, words):
+    assert launch(target, recipe(topology), *arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err and out == ""
+
+
+def test_names_leave_room_for_those_of_pods():
+    """<name>-slice-<job>-<pod>-<5 letters> is a label of DNS: 63 characters."""
+    topology = parse_topology("12*v5p:8x8x8")
+    longest = jobset.longest_name(topology)
+    assert len("a" * longest + "-slice-11-127-abcde") == 63
+
+
+@pytest.mark.parametrize("target", ["nowhere", None])
+def test_targets_that_are_none(recipe, capsys, target):
+    assert main(["launch", recipe(), *(["--on", target] if target else [])]) == 2
+    assert "--on" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere_and_typos_are_found(recipe, capsys):
+    assert main(["launch", recipe(), "train.steps=3", "--on", "local", "train.seed=4", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("train.steps=3 train.seed=4\n")
+    assert main(["launch", recipe(), "--on", "local", "--hots", "3"]) == 2
+    assert "unrecognized arguments: --hots" in capsys.readouterr().err
