@@ -244,6 +244,20 @@ def _schedule_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
                 f"at most train.steps, {train.steps}",
                 "shorten warmup or decay, or raise train.steps",
             )
+        if train.mtp_weight_final is not None and not decay:
+            yield Problem(
+                "train.mtp_weight_final",
+                f"{train.mtp_weight_final}, with optimizer.decay_steps 0",
+                "a decay of the learning rate, with which it begins",
+                "set optimizer.decay_steps, or leave train.mtp_weight_final out",
+            )
+    if "profile" in have and have["profile"].range and have["profile"].range[-1] > train.steps:
+        yield Problem(
+            "profile.steps",
+            f"{have['profile'].steps!r}",
+            f"steps up to {train.steps}, train.steps",
+            "choose steps that the run has",
+        )
     if "data" in have and train.eval_every and not have["data"].holdout:
         yield Problem(
             "train.eval_every",

@@ -125,6 +125,13 @@ def history(recipe: Recipe, *names: str) -> dict[str, list]:
     return {name: [entry[name] for entry in entries if name in entry] for name in ("step", *names)}
 
 
+def read_log(run_dir: Path) -> list[str]:
+    """The lines of a run folder's log.txt, without their times."""
+    lines = (run_dir / "log.txt").read_text().splitlines()
+    return [line.partition("Z  ")[2] if "Z  " in line else line for line in lines]
+
+
 def steps_on_disk(result_or_recipe) -> list[int]:
-    directory = result_or_recipe.checkpoint_dir
+    """Steps with a checkpoint folder, rising; also takes the folder they lie in."""
+    directory = getattr(result_or_recipe, "checkpoint_dir", result_or_recipe)
     return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())
