@@ -15,7 +15,7 @@ import pytest
 
 from fathom.recipe import Recipe
 from fathom.step_folder import read_payload
-from fathom.train import loop
+from fathom.train import data, loop
 from fathom.train.metrics import read_metrics
 from fathom.zoo import ModelSpec
 
@@ -108,6 +108,33 @@ def exploding(spec: ModelSpec) -> ModelSpec:
         return value * jnp.where(marked, jnp.nan, 1.0), aux
 
     return dataclasses.replace(spec, loss=loss)
+
+
+POISON = 250  # another such byte
+
+
+def poisoned(spec: ModelSpec) -> ModelSpec:
+    """The model, whose loss is ten times as large on batches with a poisonous token."""
+
+    def loss(model, batch, weights, counts):
+        value, aux = spec.loss(model, batch, weights, counts)
+        factor = jnp.where((batch["tokens"] == POISON).any(), 10.0, 1.0)
+        return value * factor, {**aux, "loss/main": aux["loss/main"] * factor}
+
+    return dataclasses.replace(spec, loss=loss)
+
+
+def poison(setattr: Callable, *numbers: int) -> None:
+    """Poisons some batches of the stream, counted from 1, whichever step they are read for."""
+    original = data.Loader.__next__
+
+    def read(self):
+        batch = original(self)
+        if self.step in numbers:
+            batch["tokens"][0, 0] = POISON
+        return batch
+
+    setattr(data.Loader, "__next__", read)
 
 
 def saved_arrays(result: loop.TrainResult, step: int) -> dict[str, dict]:

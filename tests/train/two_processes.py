@@ -3,8 +3,8 @@
     python -m tests.train.two_processes RESULT FOLDER OPTIONS
 
 Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
-`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "hinder": True for what
-only one process meets, see `hindered`.
+`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "poisoned": the
+process that reads a poisoned batch for step 8; "hinder": True for what only one process meets, see `hindered`.
 """
 
 import json
@@ -24,7 +24,9 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     assert initialize_distributed() is several
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options["devices"])
-    zoo.register(toy_model.TOY)
+    zoo.register(runs.poisoned(toy_model.TOY))
+    if jax.process_index() == options.get("poisoned"):
+        runs.poison(setattr, 8)
     recipe = runs.make_recipe(folder, **options.get("recipe", {}))
     values = hindered(folder, recipe) if options.get("hinder") else run(recipe, options.get("term_step", 0))
     result_file.write_text(json.dumps({"processes": jax.process_count(), **values}))

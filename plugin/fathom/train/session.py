@@ -30,7 +30,7 @@ class Session(contextlib.ExitStack):
         self._first = True
         self.clock = RunClock()
         self.profiler = StepProfiler(recipe.profile.range, recipe.run_dir)
-        self.spikes = SpikeDetector(recipe.train.spike)
+        self.spikes = SpikeDetector(**recipe.train.spike.model_dump())
         self._watchdog = Watchdog(recipe.train.watchdog, self.clock, recipe.run_dir)
         self._cache = compilation_cache(recipe.train.compilation_cache)
         self.log = TextLog(recipe.run_dir, self._is_main)

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from fathom.recipe_blocks import SpikeBlock
-
 NORMAL = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -42,15 +40,15 @@ class SpikeDetector:
     Losses that are not finite are no spikes: `train.skip_nonfinite` is about these.
 
     Args:
-      block: the recipe's `train.spike`.
+      factor, window, max_rollbacks: the recipe's `train.spike`.
 
     Attributes:
       rollbacks: how often the run went back.
     """
 
-    def __init__(self, block: SpikeBlock):
-        self._block = block
-        self._losses: deque[float] = deque(maxlen=block.window)
+    def __init__(self, *, factor: float | None, window: int, max_rollbacks: int):
+        self._factor, self._window, self._max_rollbacks = factor, window, max_rollbacks
+        self._losses: deque[float] = deque(maxlen=window)
         self.rollbacks = 0
 
     def observe(self, step: int, loss: float, batches: int) -> None:
@@ -59,27 +57,27 @@ class SpikeDetector:
         Raises:
           SpikeError: when it is a spike. It is not among those that later ones are judged by; those before it stay.
         """
-        if self._block.factor is None or not math.isfinite(loss):
+        if self._factor is None or not math.isfinite(loss):
             return
-        if len(self._losses) == self._block.window:
+        if len(self._losses) == self._window:
             middle = statistics.median(self._losses)
             deviation = statistics.median(abs(value - middle) for value in self._losses)
             spread = max(NORMAL * deviation, LEAST_SPREAD * abs(middle))
-            if loss > middle + self._block.factor * spread:
+            if loss > middle + self._factor * spread:
                 raise SpikeError(
                     step,
                     batches,
-                    f"loss {loss:.6g} is a spike: the median of the {self._block.window} before it is {middle:.6g}, "
-                    f"their spread {spread:.3g}, train.spike.factor {self._block.factor:g}",
+                    f"loss {loss:.6g} is a spike: the median of the {self._window} before it is {middle:.6g}, "
+                    f"their spread {spread:.3g}, train.spike.factor {self._factor:g}",
                 )
         self._losses.append(loss)
 
     def roll_back(self, spike: SpikeError) -> None:
         """Counts a rollback; SpikeLimitError when it is one too many."""
-        if self.rollbacks >= self._block.max_rollbacks:
+        if self.rollbacks >= self._max_rollbacks:
             raise SpikeLimitError(
                 f"{spike}; the run has gone back {self.rollbacks} times, train.spike.max_rollbacks is "
-                f"{self._block.max_rollbacks}; look at the data of these steps, lower optimizer.learning_rate, or "
+                f"{self._max_rollbacks}; look at the data of these steps, lower optimizer.learning_rate, or "
                 "raise train.spike.factor or train.spike.max_rollbacks"
             ) from spike
         self.rollbacks += 1
@@ -90,5 +88,5 @@ class SpikeDetector:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes what `state` gave; of more losses than the window now holds the newest."""
-        self._losses = deque(state["losses"], maxlen=self._block.window)
+        self._losses = deque(state["losses"], maxlen=self._window)
         self.rollbacks = state["rollbacks"]
