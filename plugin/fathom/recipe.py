@@ -215,6 +215,7 @@ SAFE_TO_CHANGE = (
     "train.stop_at",
     "train.batch_ramp",
     "train.spike.",
+    "train.anticipatory_routing.",
     "train.watchdog",
     "train.compilation_cache",
     "checkpoint.",

@@ -207,6 +207,19 @@ class SpikeBlock(Block):
     max_rollbacks: int = Field(3, ge=1)
 
 
+class AnticipationBlock(Block):
+    """Anticipatory routing: experts chosen by the parameters of `delay` steps before (`fathom.train.anticipation`).
+
+    In all steps with `always`; with `after_spike` in so many steps after each rollback that a spike caused, none of
+    them without one (the paper's way). It costs a forward pass for each of these steps, and the program of the step is
+    compiled for both ways of routing. An interrupted run is then no longer bit for bit one that was not.
+    """
+
+    delay: int = Field(1, ge=1)
+    always: bool = False
+    after_spike: int = Field(0, ge=0)
+
+
 class RampBlock(Block):
     """Rows per step, up to and with step `until`."""
 
@@ -250,6 +263,7 @@ class TrainBlock(Block):
     stop_at: int | None = Field(None, ge=1)
     batch_ramp: tuple[RampBlock, ...] = ()
     spike: SpikeBlock = SpikeBlock()
+    anticipatory_routing: AnticipationBlock = AnticipationBlock()
     watchdog: float | None = Field(None, gt=0)
     compilation_cache: str | None = Field(None, min_length=1)
 

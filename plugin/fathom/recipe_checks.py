@@ -185,6 +185,7 @@ def cross_problems(blocks: Mapping[str, Any], num_devices: int | None) -> list[P
     if spec is not None:
         problems += _length_problems(have, spec.config)
         problems += _tokenizer_problems(have, spec.config)
+        problems += _routing_problems(have, spec)
         problems += _sharding_problems(have, spec)
     return problems
 
@@ -264,6 +265,26 @@ def _schedule_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
             f"{train.eval_every}, with data.holdout 0",
             "documents held out for evaluation",
             "set data.holdout (0.01 keeps one document in a hundred), or train.eval_every=0",
+        )
+
+
+def _routing_problems(have: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    if "train" not in have:
+        return
+    block, key = have["train"].anticipatory_routing, "train.anticipatory_routing"
+    if block.after_spike and have["train"].spike.factor is None:
+        yield Problem(
+            f"{key}.after_spike",
+            f"{block.after_spike}, with train.spike.factor null",
+            "rollbacks to come after",
+            "set train.spike.factor, or train.anticipatory_routing.always=true to route so in all steps",
+        )
+    if (block.always or block.after_spike) and spec.route is None:
+        yield Problem(
+            key,
+            f"steps that anticipate, with model {spec.name!r}, which cannot be told its experts",
+            "a model whose ModelSpec has `route`",
+            "leave train.anticipatory_routing out",
         )
 
 

@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 TIME_FILE = "time.json"
 
 PHASES = ("step", "data", "save", "restore", "compile", "evaluation", "other")
-"""What the process is doing. "compile" is the first step of a stage as a whole, "data" only what the devices had to
-wait: a batch that arrives while they still compute costs nothing. Saves in the background cost what they hold up."""
+"""What the process is doing. "compile" is the first step of a stage, its data included, and the first that takes
+another program, as a whole. "data" is only what the devices had to wait: a batch that arrives while they still compute
+costs nothing. Saves in the background cost what they hold up."""
 
 REDONE = "redone"
 """Time of steps that were lost, to a crash or a rollback, and had to be done again: no phase, taken out of "step"."""

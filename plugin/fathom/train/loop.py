@@ -19,6 +19,7 @@ from fathom.recipe import Recipe, compare_for_resume
 from fathom.recipe_checks import Problem, RecipeError
 from fathom.recipe_stages import stage_blocks, stage_recipes
 from fathom.step_folder import CheckpointError, find_step
+from fathom.train.anticipation import Feeder, Schedule
 from fathom.train.checkpoint import Checkpoints
 from fathom.train.checkpoint_format import agree
 from fathom.train.checkpoint_model import start_from
@@ -158,6 +159,7 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
             f"{spike}; back to step {start}, and on with the data after the spike, {lost} batches later; rollback "
             f"{session.spikes.rollbacks} of {stage.recipe.train.spike.max_rollbacks}"
         )
+        session.spikes.calm_at = start + stage.recipe.train.anticipatory_routing.after_spike
     session.begin(start, lost)
     return state, start, loader.step - (start - stage.first)
 
@@ -170,9 +172,17 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
     """
     recipe, program, loader, session = run.stage.recipe, run.program, run.loader, run.session
     clock, checkpoints = session.clock, run.checkpoints
-    done, stopping = start, False
+    done, stopping, compiled = start, False, set()
     last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
     headline = _headline(run.stage, len(run.stages), program, start)
+    feeder = Feeder(
+        read=lambda step: next_batch(loader, step),
+        place=lambda batch: to_devices(batch, program, recipe),
+        data_state=loader.get_state,
+        route=program.route,
+        schedule=Schedule.of(recipe.train.anticipatory_routing, session.spikes.calm_at),
+        last=last,
+    )
 
     def watch(step: int, loss: float) -> None:
         session.spikes.observe(step, loss, batches=step - run.stage.first + skipped)
@@ -180,17 +190,17 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
     # Whatever ends these steps, saves under way are then waited for outside of their phases.
     with RunReport(recipe, headline, start, run.whole, session, watch) as report, clock.during("data"):
         for done in range(start + 1, last + 1):
-            clock.enter("data")
-            batch = next_batch(loader, done)
-            inputs = to_devices(batch, program, recipe)
-            first = done == start + 1
+            clock.enter("compile" if done == start + 1 else "data")
+            fed = feeder.take(done, state)
+            first = ("routing" in fed.inputs) not in compiled
             clock.enter("compile" if first else "step", was="step" if report.busy() else None)
             session.profiler.before(done, report.flush)
-            state, metrics = program.step(state, inputs)
+            state, metrics = program.step(state, fed.inputs)
             if first:
+                compiled.add("routing" in fed.inputs)
                 jax.block_until_ready(metrics)  # once: what it takes is compilation, and no throughput
                 clock.enter("step")
-            report.push(done, metrics, batch_hash(batch))
+            report.push(done, metrics, batch_hash(fed.batch))
             if session.profiler.ends_with(done):
                 report.flush()
                 with clock.during("other"):
@@ -205,7 +215,7 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
             if done % recipe.checkpoint.every == 0 or done == last or stopping:
                 report.flush()  # raises rather than save after a bad step
                 with clock.during("save"):
-                    save(run, state, skipped)
+                    save(run, state, fed.data_state(), skipped)
                 report.restart_clock()
             if stopping:
                 break
@@ -218,10 +228,10 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
     return TrainResult(done, report.last, str(checkpoints.directory), preempted)
 
 
-def save(run: StageRun, state: TrainState, skipped: int) -> None:
+def save(run: StageRun, state: TrainState, data_state: Any, skipped: int) -> None:
     """Starts to save the state, with where its data is and what spikes are judged by."""
     description = {**run.description, "skipped_batches": skipped, "spikes": run.session.spikes.state()}
-    run.checkpoints.save(state, run.loader.get_state(), description)
+    run.checkpoints.save(state, data_state, description)
 
 
 def probe_run_folder(recipe: Recipe) -> None:

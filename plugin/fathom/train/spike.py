@@ -43,13 +43,14 @@ class SpikeDetector:
       factor, window, max_rollbacks: the recipe's `train.spike`.
 
     Attributes:
-      rollbacks: how often the run went back.
+      rollbacks: how often the run went back. calm_at: the last step of the time after the last rollback in which
+        something is done about spikes (`train.anticipatory_routing.after_spike`), 0 without one.
     """
 
     def __init__(self, *, factor: float | None, window: int, max_rollbacks: int):
         self._factor, self._window, self._max_rollbacks = factor, window, max_rollbacks
         self._losses: deque[float] = deque(maxlen=window)
-        self.rollbacks = 0
+        self.rollbacks = self.calm_at = 0
 
     def observe(self, step: int, loss: float, batches: int) -> None:
         """Takes the loss of a step, once; `batches`: see `SpikeError`.
@@ -84,9 +85,9 @@ class SpikeDetector:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        return {"losses": list(self._losses), "rollbacks": self.rollbacks}
+        return {"losses": list(self._losses), "rollbacks": self.rollbacks, "calm_at": self.calm_at}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Takes what `state` gave; of more losses than the window now holds the newest."""
         self._losses = deque(state["losses"], maxlen=self._window)
-        self.rollbacks = state["rollbacks"]
+        self.rollbacks, self.calm_at = state["rollbacks"], state["calm_at"]

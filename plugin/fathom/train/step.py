@@ -54,6 +54,7 @@ class Program:
       start: (params, model_state, uint32 key data) -> TrainState with a fresh optimizer.
       step: (TrainState, donated; batch) -> (TrainState, metrics).
       evaluate: (TrainState, batch) -> metrics that begin with "loss".
+      route: (TrainState, batch) -> what a batch takes as "routing" (`ModelSpec.route`); None where the model has none.
     """
 
     spec: ModelSpec
@@ -67,6 +68,7 @@ class Program:
     start: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Batch], Metrics]
+    route: Callable[[TrainState, Batch], dict[str, jax.Array]] | None
 
     def abstract_batch(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
         """The batch the step takes, as ShapeDtypeStructs with shardings."""
@@ -128,6 +130,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights_of)),
+        route=None if spec.route is None else jax.jit(_make_route(spec, model)),
     )
 
 
@@ -297,6 +300,15 @@ def _make_evaluate(spec: ModelSpec, model: SplitModel, weights_of: WeightsOf):
         return {"loss": loss, **parts}
 
     return evaluate
+
+
+def _make_route(spec: ModelSpec, model: SplitModel):
+    def route(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        module = model.merge((state.params,), state.model_state, jax.random.wrap_key_data(state.rng))
+        module.eval()
+        return spec.route(module, batch)
+
+    return route
 
 
 def init_state(program: Program, seed: int) -> TrainState:
