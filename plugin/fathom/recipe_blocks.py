@@ -195,11 +195,11 @@ class SpikeBlock(Block):
 
     A step's loss is a spike when it lies above the median of the last `window` losses by more than `factor` times their
     spread (1.4826 times the median absolute deviation, the standard deviation of a normal distribution, and no less
-    than a thousandth of the median). It takes `window` losses until the first can be one. The run then goes back to the
-    newest checkpoint, which is from before the spike, and goes on from there with the data after the spike: what was
-    read between the checkpoint and the spike, the spike's own batch included, is skipped. So are the steps' metrics.
-    After `max_rollbacks` the next spike ends the run. All this is stored in checkpoints, so that a run that resumes
-    decides as one that was not interrupted.
+    than a thousandth of the median). It takes `window` losses of a stage until one can be a spike. The run then goes
+    back to the newest checkpoint, and on from there with the data after the spike: what was read between the two, the
+    spike's own batch included, is skipped, and the metrics of these steps are those of the new ones. The checkpoint is
+    from before the spike, but may be from after its cause: after `max_rollbacks` the next spike ends the run. All this
+    is stored in checkpoints, so that a run that resumes decides as one that was not interrupted.
     """
 
     factor: float | None = Field(None, gt=0)

@@ -66,25 +66,26 @@ def text(tmp_path):
 
 
 V4 = {
-    "attention_kinds": ["sliding"] * 3, "compress_ratios": [0] * 3, "router_kinds": ["hash", "learned", "learned"]
+    "attention_kinds": ["sliding"] * 3, "compress_ratios": [0] * 3, "router_kinds": ["hash", "learned", "learned"],
+    "num_mtp_layers": 0, "hidden_size": 64, "moe_intermediate_size": 48,
 }  # fmt: skip
-"""A hash router, two scanned learned ones, and that of MTP."""
+"""A hash router and two scanned learned ones."""
 
 
-def test_v4_that_does_not_move_trains_the_same(tmp_path, monkeypatch):
-    """At a learning rate that changes no bit: packed rows, scanned layers, MTP, accumulation, experts over devices."""
+def test_v4_that_does_not_move_trains_the_same(tmp_path):
+    """At a learning rate that changes no bit: packed rows, scanned layers, accumulation, experts over devices."""
     common = dict(
-        model__name="deepseek-v4-tiny", model__config=V4, mesh__tensor=1, mesh__expert=2, data__sequence_length=64,
-        data__packing="first_fit", data__batch_size=16, train__steps=4, train__accumulation=2, train__router_bias_speed=0.0,
-        optimizer__learning_rate=1e-30, checkpoint__every=2,
+        model__name="deepseek-v4-tiny", model__config=V4, mesh__tensor=1, mesh__expert=2, data__packing="first_fit",
+        data__batch_size=16, train__steps=3, train__accumulation=2, train__router_bias_speed=0.0,
+        optimizer__learning_rate=1e-30,
     )  # fmt: skip
     plain = make_recipe(tmp_path, "plain", **common)
-    ahead = make_recipe(tmp_path, "ahead", train__anticipatory_routing={"delay": 2, "always": True}, **common)
+    ahead = make_recipe(tmp_path, "ahead", train__anticipatory_routing={"delay": 1, "always": True}, **common)
     train(plain)
-    interrupted(ahead, monkeypatch, {3: runs.crash})
-    names = ("batch_hash", "loss", "loss/mtp", "loss/balance", "expert_load/worst", "grad_norm")
+    train(ahead)
+    names = ("batch_hash", "loss", "loss/balance", "expert_load/worst", "grad_norm")
     one, other = history(plain, *names), history(ahead, *names)
-    assert one["batch_hash"] == other["batch_hash"] and one["step"] == other["step"] == [1, 2, 3, 4]
+    assert one["batch_hash"] == other["batch_hash"] and one["step"] == other["step"] == [1, 2, 3]
     for name in names[1:]:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fathom import zoo
+from fathom.recipe import Recipe
 from fathom.step_folder import read_payload
 from fathom.train import data, loop
 from fathom.train.loop import train
@@ -92,7 +93,7 @@ def test_a_run_goes_back_before_a_spike_and_on_behind_its_data(tmp_path, toy, mo
     # Batches 6, 7 and 8 were read between the checkpoint of step 5 and the spike at step 8.
     assert curves["batch_hash"] == [*stream[:5], *stream[8:19]]
     (event,) = [line for line in read_log(recipe.run_dir) if "is a spike" in line]
-    assert event.startswith("step 8: loss 47") and event.endswith(
+    assert event.startswith("WARNING: step 8: loss 47") and event.endswith(
         "back to step 5, and on with the data after the spike, 3 batches later; rollback 1 of 2"
     )
     payload = read_payload(Path(result.checkpoint_dir) / "16")
@@ -144,6 +145,25 @@ def test_a_spike_where_a_save_is_due_is_not_saved(tmp_path, toy, monkeypatch):
     assert "back to step 5" in "\n".join(read_log(recipe.run_dir))
     stream = hashes_of(tmp_path, 21)
     assert history(recipe, "batch_hash")["batch_hash"] == [*stream[:5], *stream[10:]]
+
+
+def test_a_stage_is_judged_by_its_own_losses(tmp_path, toy, monkeypatch):
+    """The second stage's losses are ten times as large from its first step on, which is no spike."""
+    original = data.Loader.__next__
+
+    def read(self):
+        batch = original(self)
+        if batch["tokens"].shape[1] == 64:
+            batch["tokens"][0, 0] = runs.POISON
+        return batch
+
+    monkeypatch.setattr(data.Loader, "__next__", read)
+    stages = [{"until": 8}, {"until": 16, "data": {"sequence_length": 64}}]
+    recipe = Recipe.model_validate({**with_spikes(tmp_path).to_dict(), "stages": stages})
+    result = train(recipe)
+    losses = history(recipe, "loss")["loss"]
+    assert min(losses[8:10]) > 5 * max(losses[:8])
+    assert read_payload(Path(result.checkpoint_dir) / "16")["spikes"]["rollbacks"] == 0
 
 
 def test_too_many_spikes_end_the_run(tmp_path, toy, monkeypatch):

@@ -155,10 +155,10 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
         with session.clock.during("data"):
             while loader.step < spike.batches:
                 next_batch(loader, start + 1)
-        session.log.event(
-            f"{spike}; back to step {start}, and on with the data after the spike, {lost} batches later; rollback "
-            f"{session.spikes.rollbacks} of {stage.recipe.train.spike.max_rollbacks}"
-        )
+        logger.warning(
+            "%s; back to step %d, and on with the data after the spike, %d batches later; rollback %d of %d",
+            spike, start, lost, session.spikes.rollbacks, stage.recipe.train.spike.max_rollbacks,
+        )  # fmt: skip
         session.spikes.calm_at = start + stage.recipe.train.anticipatory_routing.after_spike
     session.begin(start, lost)
     return state, start, loader.step - (start - stage.first)
@@ -369,6 +369,7 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
     if resumes and "spikes" in restored.payload:
         run.session.spikes.load(restored.payload["spikes"])
     if begins:
+        run.session.spikes.forget()  # other rows, or another attention, have other losses
         return stage.begin(program, restored.state), step
     loader.set_state(loader.own_state(restored.data_states))
     skipped = restored.payload.get("skipped_batches", 0)

@@ -83,6 +83,10 @@ class SpikeDetector:
             ) from spike
         self.rollbacks += 1
 
+    def forget(self) -> None:
+        """Judges by the losses to come alone."""
+        self._losses.clear()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
         return {"losses": list(self._losses), "rollbacks": self.rollbacks, "calm_at": self.calm_at}

@@ -40,6 +40,7 @@ class Watchdog:
 
     def __init__(self, limit: float | None, clock: RunClock, folder: Path):
         self._limit, self._clock, self._folder = limit, clock, folder
+        self._process = jax.process_index()  # asked for now: jax may be what stands still
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="fathom-watchdog", daemon=True)
 
@@ -70,9 +71,9 @@ class Watchdog:
 
     def _end(self, phase: str, waited: float) -> None:
         threading.Timer(LAST_WORDS, os._exit, [EXIT_HUNG]).start()
-        path = self._folder / f"hang.{jax.process_index()}.txt"
+        path = self._folder / f"hang.{self._process}.txt"
         text = (
-            f"process {jax.process_index()}: no step has completed for {waited:.0f} s, train.watchdog is "
+            f"process {self._process}: no step has completed for {waited:.0f} s, train.watchdog is "
             f"{self._limit:g} s, in phase {phase!r}; the process ends with code {EXIT_HUNG}; stack traces of all "
             f"threads: {path}"
         )
@@ -81,7 +82,7 @@ class Watchdog:
             faulthandler.dump_traceback(2, all_threads=True)
             with path.open("a", encoding="utf-8") as file:
                 _write_traces(file, text)
-            if jax.process_index() == 0:
+            if self._process == 0:
                 # Not through the run's own log: what stands still may hold its lock.
                 with (self._folder / LOG_FILE).open("a", encoding="utf-8") as file:
                     file.write(stamped(text))
