@@ -90,13 +90,15 @@ def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in _keys(model).items():
         block = _block_type(field.annotation)
         yield f"{prefix}{name}"
-        if block is not None:
+        if block is not None and typing.get_origin(field.annotation) is not tuple:  # items of a list have no path
             yield from _key_paths(block, f"{prefix}{name}.")
 
 
 def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
     block: type[BaseModel] = model
     for part in loc[:-1]:
+        if isinstance(part, int):  # an item of a list, whose block is that of the list
+            continue
         block = _block_type(_keys(block)[part].annotation)
     prefix = "".join(f"{part}." for part in loc[:-1])
     known = list(_keys(block))

@@ -95,7 +95,7 @@ def slow_data(monkeypatch, seconds):
 
 def test_a_run_tells_its_times_with_the_logged_steps(tmp_path, toy, monkeypatch, capfd):
     recipe = make_recipe(tmp_path, train__eval_every=6, data__holdout=0.4)
-    slow_data(monkeypatch, 0.1)
+    slow_data(monkeypatch, 0.25)
     began = time.monotonic()
     train(recipe)
     passed = time.monotonic() - began
@@ -104,10 +104,10 @@ def test_a_run_tells_its_times_with_the_logged_steps(tmp_path, toy, monkeypatch,
     assert list(told) == [5, 10, 12]
     last = told[12]
     total = sum(value for name, value in last.items() if name.startswith("time/"))
-    assert 0.5 * passed < total <= passed
+    assert 0.3 * passed < total <= passed
     assert last["goodput"] == pytest.approx(last["time/step"] / total)
-    # Twelve batches, and none was ready when the devices had nothing else to do.
-    assert 0.9 < last["time/data"] < 3 and last["time/evaluation"] > 0 and last["time/save"] > 0
+    # Eleven batches, the first being part of "compile"; the devices hardly ever had anything to do meanwhile.
+    assert last["time/data"] > 11 * 0.25 / 2 and last["time/evaluation"] > 0 and last["time/save"] > 0
     shown = capfd.readouterr().err
     assert "goodput" in shown and "time/" not in shown and "time: " in shown
 

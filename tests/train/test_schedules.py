@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 
 from fathom import zoo
-from fathom.recipe import Recipe
+from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_checks import RecipeError
 from fathom.recipe_stages import stage_recipes
 from fathom.train import loop
 from fathom.train.loop import train
 from tests.train import runs, toy_model
 from tests.train.runs import history, interrupted, make_recipe, saved_arrays, steps_on_disk, write_text
+from tests.train.small_recipe import write_recipe
 
 
 def all_mtp(spec):
@@ -101,6 +102,17 @@ def test_a_ramp_is_the_stages_that_it_stands_for(tmp_path, monkeypatch):
     assert history(ramp, "loss", "batch_hash") == history(written, "loss", "batch_hash")
     assert saved_arrays(result, 12) == saved_arrays(other, 12)
     assert set(steps_on_disk(other)) == {3, 4, 6, 8, 9, 12}
+
+
+def test_a_wrong_key_in_a_ramp_is_named(tmp_path):
+    values = ramped(tmp_path, "run").to_dict()
+    values["train"]["batch_ramp"] = [{"until": 4, "batch_sise": 8}]
+    values["stages"] = [{"untill": 4}]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(tmp_path, values))
+    told = {problem.key: problem.fix for problem in error.value.problems}
+    assert told["train.batch_ramp.0.batch_sise"] == "did you mean train.batch_ramp.0.batch_size?"
+    assert told["stages.0.untill"] == "did you mean stages.0.until?"
 
 
 @pytest.mark.parametrize(

