@@ -66,17 +66,17 @@ def text(tmp_path):
 
 
 V4 = {
-    "attention_kinds": ["sliding"] * 3, "compress_ratios": [0] * 3, "router_kinds": ["hash", "learned", "learned"],
-    "num_mtp_layers": 0, "hidden_size": 64, "moe_intermediate_size": 48,
+    "attention_kinds": ["sliding"] * 2, "compress_ratios": [0] * 2, "router_kinds": ["learned"] * 2,
+    "num_mtp_layers": 0, "hidden_size": 32, "q_lora_rank": 16, "moe_intermediate_size": 16,
 }  # fmt: skip
-"""A hash router and two scanned learned ones."""
+"""One block to compile, scanned twice; tests/models/test_given_routing.py has the others."""
 
 
 def test_v4_that_does_not_move_trains_the_same(tmp_path):
     """At a learning rate that changes no bit: packed rows, scanned layers, accumulation, experts over devices."""
     common = dict(
         model__name="deepseek-v4-tiny", model__config=V4, mesh__tensor=1, mesh__expert=2, data__packing="first_fit",
-        data__batch_size=16, train__steps=3, train__accumulation=2, train__router_bias_speed=0.0,
+        data__batch_size=16, train__steps=2, train__accumulation=2, train__router_bias_speed=0.0,
         optimizer__learning_rate=1e-30,
     )  # fmt: skip
     plain = make_recipe(tmp_path, "plain", **common)
@@ -85,7 +85,7 @@ def test_v4_that_does_not_move_trains_the_same(tmp_path):
     train(ahead)
     names = ("batch_hash", "loss", "loss/balance", "expert_load/worst", "grad_norm")
     one, other = history(plain, *names), history(ahead, *names)
-    assert one["batch_hash"] == other["batch_hash"] and one["step"] == other["step"] == [1, 2, 3]
+    assert one["batch_hash"] == other["batch_hash"] and one["step"] == other["step"] == [1, 2]
     for name in names[1:]:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
 
