@@ -77,6 +77,13 @@ def test_experts_of_other_parameters_are_used_and_weighed_by_the_current_ones(ca
     assert any(not np.allclose(g, own[p].get_value()) for p, g in gates)
 
 
+def test_experts_for_a_block_that_is_not_there_are_refused(case):
+    _, route, train, old, _, rest, batch = case
+    indices = jax.ShapeDtypeStruct((2, 96, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"given for \['repeated/9'\], expected some of the blocks \['"):
+        train.lower(old, rest, {**batch, "routing": {"repeated/9": indices}})
+
+
 @pytest.mark.parametrize("kind", [LearnedRouter, GroupLimitedRouter])
 def test_a_router_weighs_given_experts_by_its_scores(kind):
     groups = {"num_groups": 4, "groups_per_token": 2} if kind is GroupLimitedRouter else {}

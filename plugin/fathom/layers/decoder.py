@@ -182,7 +182,7 @@ class Decoder(nnx.Module):
         routing: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """What all layers make of x, and with `keep` what each makes of it, in order; `routing` as in `features`."""
-        kept, routing, told = [], routing or {}, statistics.routing is not None
+        kept, routing, told = [], self._known(routing or {}), statistics.routing is not None
         for i, block in enumerate(self.prefix):
             x, stats = self.run_block(block, x, inputs, routing.get(f"prefix/{i}"), told)
             statistics.record(f"prefix/{i}", stats)
@@ -198,6 +198,16 @@ class Decoder(nnx.Module):
             statistics.record(f"suffix/{i}", stats)
             kept.append(x)
         return x, tuple(kept) if keep else ()
+
+    def _known(self, routing: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """`routing`, once each of its names is that of a block; ValueError when one is not."""
+        parts = {"prefix": self.prefix, "repeated": self.repeated, "suffix": self.suffix}
+        names = {f"{part}/{i}" for part, blocks in parts.items() for i in range(len(blocks))}
+        names |= {f"mtp/{i}/block" for i in range(self.config.num_mtp_layers)}
+        if not routing.keys() <= names:
+            unknown = sorted(routing.keys() - names)
+            raise ValueError(f"routing is given for {unknown}, expected some of the blocks {sorted(names)}")
+        return routing
 
     def _scan(self, x: jax.Array, inputs: Any, keep: bool, routing: Mapping[str, jax.Array], told: bool):
         """The repeated run: one scan step applies every block of the unit."""
