@@ -1,7 +1,8 @@
 """The command line: fathom train | plan | launch | convert | logits | inspect | doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
-save, 130 interrupted. jax and the rest are imported by the command that needs them: `--help` answers at once.
+save, 4 ended by the watchdog (train.watchdog) for standing still, 130 interrupted. jax and the rest are
+imported by the command that needs them: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fathom",
         description="Train DeepSeek-V4 and DeepSeek-V3.2 in JAX.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption "
-        "after a complete save, 130 interrupted.",
+        "after a complete save, 4 ended by the watchdog for standing still, 130 interrupted.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(run=_no_command(parser), command="", debug=False)

@@ -23,6 +23,7 @@ from fathom.recipe_blocks import (
     MetricsBlock,
     ModelBlock,
     OptimizerBlock,
+    ProfileBlock,
     StageBlock,
     TrainBlock,
 )
@@ -52,6 +53,7 @@ class Recipe(Block):
     train: TrainBlock
     checkpoint: CheckpointBlock = CheckpointBlock()
     metrics: MetricsBlock
+    profile: ProfileBlock = ProfileBlock()
     stages: tuple[StageBlock, ...] = ()
 
     @model_validator(mode="before")
@@ -206,6 +208,7 @@ SAFE_TO_CHANGE = (
     "train.steps",
     "train.accumulation",
     "train.mtp_weight",
+    "train.mtp_weight_final",
     "train.balance_weight",
     "train.router_bias_speed",
     "train.log_every",
@@ -213,14 +216,20 @@ SAFE_TO_CHANGE = (
     "train.skip_nonfinite",
     "train.max_runtime",
     "train.stop_at",
+    "train.batch_ramp",
+    "train.spike.",
+    "train.anticipatory_routing.",
+    "train.watchdog",
+    "train.compilation_cache",
     "checkpoint.",
     "metrics.",
+    "profile.",
     "stages",
 )
 """Keys (those that end in a dot: whole blocks) that a resumed run may change: none of them alters
 the shape of the state, the order of the data or what the weights mean. Data may lie elsewhere: that it
-is the same is what its fingerprint in the checkpoint says; of how many streams, the loop compares. Of stages, the one
-that the checkpoint lies in is compared, its own values in place."""
+is the same is what its fingerprint in the checkpoint says; of how many streams, the loop compares. Of stages, and those
+of a batch ramp, the one that the checkpoint lies in is compared, its own values in place."""
 
 NEVER_SAFE = ("optimizer.name",)
 """Exceptions inside the safe blocks: another optimizer has another state."""

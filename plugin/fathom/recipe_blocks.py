@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sysconfig
 import typing
 from collections.abc import Mapping
@@ -210,9 +211,57 @@ class MeshBlock(Block):
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
+class SpikeBlock(Block):
+    """What to do about a spike of the loss; `factor` None, the default, does nothing.
+
+    A step's loss is a spike when it lies above the median of the last `window` losses by more than `factor` times their
+    spread (1.4826 times the median absolute deviation, the standard deviation of a normal distribution, and no less
+    than a thousandth of the median). It takes `window` losses of a stage until one can be a spike. The run then goes
+    back to the newest checkpoint, and on from there with the data after the spike: what was read between the two, the
+    spike's own batch included, is skipped, and the metrics of these steps are those of the new ones. The checkpoint is
+    from before the spike, but may be from after its cause: after `max_rollbacks` the next spike ends the run. All this
+    is stored in checkpoints, so that a run that resumes decides as one that was not interrupted.
+    """
+
+    factor: float | None = Field(None, gt=0)
+    window: int = Field(128, ge=4)
+    max_rollbacks: int = Field(3, ge=1)
+
+
+class AnticipationBlock(Block):
+    """Anticipatory routing: experts chosen by the parameters of `delay` steps before (`fathom.train.anticipation`).
+
+    In all steps with `always`; with `after_spike` in so many steps after each rollback that a spike caused, none of
+    them without one (the paper's way). It costs a forward pass for each of these steps, and the program of the step is
+    compiled for both ways of routing. An interrupted run is then no longer bit for bit one that was not.
+    """
+
+    delay: int = Field(1, ge=1)
+    always: bool = False
+    after_spike: int = Field(0, ge=0)
+
+
+class RampBlock(Block):
+    """Rows per step, up to and with step `until`."""
+
+    until: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+
+
 class TrainBlock(Block):
     """How long, in which stage, with which loss weights. After `max_runtime` seconds, or after step `stop_at`, the
     run saves and stops; schedules still span `steps`.
+
+    `mtp_weight_final` is the MTP loss's weight from the first update of the learning rate's decay on (the paper: 0.3,
+    then 0.1); None keeps `mtp_weight`.
+
+    `batch_ramp` lists steps and the `data.batch_size` up to them; after the last one it is the recipe's own. Each is a
+    stage with no other values (`fathom.recipe_stages`), so its rows come in an order of their own, by data.seed plus
+    the stage's number: a function of the recipe, wherever the run is cut.
+
+    `watchdog` seconds without a completed step end the process with code 4 after all threads' stack traces were
+    written; all but steps has an hour more (`fathom.train.watchdog`). `compilation_cache` is a folder for compiled
+    programs, which the next start reads instead of compiling (`fathom.train.compilation_cache`).
 
     Stages: "dense" attends to everything visible and leaves the indexer alone; "indexer-warmup" does too, and trains
     the indexer and nothing else; "sparse" attends to what the indexer selects and trains all, the indexer by its own
@@ -224,6 +273,7 @@ class TrainBlock(Block):
     accumulation: int = Field(1, ge=1)
     stage: Literal[STAGES] = "sparse"
     mtp_weight: float = Field(0.3, ge=0)
+    mtp_weight_final: float | None = Field(None, ge=0)
     balance_weight: float = Field(1e-4, ge=0)
     indexer_weight: float = Field(1e-2, ge=0)
     router_bias_speed: float = Field(1e-3, ge=0)
@@ -232,6 +282,11 @@ class TrainBlock(Block):
     skip_nonfinite: int = Field(0, ge=0)
     max_runtime: float | None = Field(None, gt=0)
     stop_at: int | None = Field(None, ge=1)
+    batch_ramp: tuple[RampBlock, ...] = ()
+    spike: SpikeBlock = SpikeBlock()
+    anticipatory_routing: AnticipationBlock = AnticipationBlock()
+    watchdog: float | None = Field(None, gt=0)
+    compilation_cache: str | None = Field(None, min_length=1)
 
     @property
     def trains_indexer(self) -> bool:
@@ -269,6 +324,38 @@ class MetricsBlock(Block):
     directory: str = Field(min_length=1)
     tensorboard: bool = True
     wandb: WandbBlock | None = None
+
+
+STEP_RANGE = "a range of steps like 10-12, or one step; the first is 1"
+
+
+class ProfileBlock(Block):
+    """Steps to trace with jax's profiler into <run folder>/profile: "10-12", both included, or one step
+    (`fathom.train.profiler`)."""
+
+    steps: str | None = None
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _one_step(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("steps")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        if value is not None:
+            found = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", value)
+            if not found or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+                raise ValueError(STEP_RANGE)
+        return value
+
+    @property
+    def range(self) -> range:
+        """The steps as numbers, empty for none."""
+        if self.steps is None:
+            return range(0)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
 
 
 class StageBlock(Block):

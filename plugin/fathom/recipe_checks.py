@@ -90,13 +90,15 @@ def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in _keys(model).items():
         block = _block_type(field.annotation)
         yield f"{prefix}{name}"
-        if block is not None:
+        if block is not None and typing.get_origin(field.annotation) is not tuple:  # items of a list have no path
             yield from _key_paths(block, f"{prefix}{name}.")
 
 
 def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
     block: type[BaseModel] = model
     for part in loc[:-1]:
+        if isinstance(part, int):  # an item of a list, whose block is that of the list
+            continue
         block = _block_type(_keys(block)[part].annotation)
     prefix = "".join(f"{part}." for part in loc[:-1])
     known = list(_keys(block))
@@ -185,6 +187,7 @@ def cross_problems(blocks: Mapping[str, Any], num_devices: int | None) -> list[P
     if spec is not None:
         problems += _length_problems(have, spec.config)
         problems += _tokenizer_problems(have, spec.config)
+        problems += _routing_problems(have, spec)
         problems += _sharding_problems(have, spec)
     return problems
 
@@ -244,12 +247,46 @@ def _schedule_problems(have: Mapping[str, Any]) -> Iterator[Problem]:
                 f"at most train.steps, {train.steps}",
                 "shorten warmup or decay, or raise train.steps",
             )
+        if train.mtp_weight_final is not None and not decay:
+            yield Problem(
+                "train.mtp_weight_final",
+                f"{train.mtp_weight_final}, with optimizer.decay_steps 0",
+                "a decay of the learning rate, with which it begins",
+                "set optimizer.decay_steps, or leave train.mtp_weight_final out",
+            )
+    if "profile" in have and have["profile"].range and have["profile"].range[-1] > train.steps:
+        yield Problem(
+            "profile.steps",
+            f"{have['profile'].steps!r}",
+            f"steps up to {train.steps}, train.steps",
+            "choose steps that the run has",
+        )
     if "data" in have and train.eval_every and not have["data"].holdout:
         yield Problem(
             "train.eval_every",
             f"{train.eval_every}, with data.holdout 0",
             "documents held out for evaluation",
             "set data.holdout (0.01 keeps one document in a hundred), or train.eval_every=0",
+        )
+
+
+def _routing_problems(have: Mapping[str, Any], spec: ModelSpec) -> Iterator[Problem]:
+    if "train" not in have:
+        return
+    block, key = have["train"].anticipatory_routing, "train.anticipatory_routing"
+    if block.after_spike and have["train"].spike.factor is None:
+        yield Problem(
+            f"{key}.after_spike",
+            f"{block.after_spike}, with train.spike.factor null",
+            "rollbacks to come after",
+            "set train.spike.factor, or train.anticipatory_routing.always=true to route so in all steps",
+        )
+    if (block.always or block.after_spike) and spec.route is None:
+        yield Problem(
+            key,
+            f"steps that anticipate, with model {spec.name!r}, which cannot be told its experts",
+            "a model whose ModelSpec has `route`",
+            "leave train.anticipatory_routing out",
         )
 
 

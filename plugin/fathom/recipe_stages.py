@@ -6,7 +6,10 @@
       - {name: long, until: 5000, data: {sequence_length: 65536, batch_size: 16}, mesh: {fsdp: 16, context: 4}}
 
 Each stage has the recipe's own values but for those it names; nothing carries over from the stage before. Schedules
-span `train.steps`, where the last stage must end.
+span `train.steps`, where the last stage must end. A recipe without stages may have a batch ramp, a short way to write
+some:
+
+    train: {steps: 5000, batch_ramp: [{until: 100, batch_size: 32}, {until: 300, batch_size: 64}]}
 """
 
 from __future__ import annotations
@@ -30,10 +33,40 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
     "data": ("source", "path", "pattern", "exclude", "field", "thinking_mode", "sequence_length", "batch_size",
              "packing", "shuffle", "shuffle_rows", "shards", "seed", "max_bytes"),
     "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),
-    "train": ("accumulation", "stage", "mtp_weight", "balance_weight", "indexer_weight", "router_bias_speed",
-              "eval_every"),
+    "train": ("accumulation", "stage", "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight",
+              "router_bias_speed", "eval_every"),
 }  # fmt: skip
 """What a stage may change: nothing that the state's weights or the held-out documents depend on."""
+
+
+def stage_blocks(recipe: Recipe) -> tuple[StageBlock, ...]:
+    """The recipe's stages, those that its batch ramp stands for included; empty when it has neither.
+
+    Raises:
+      RecipeError: for a ramp beside stages, or one that is not rising or does not end before the run.
+    """
+    ramp, steps = recipe.train.batch_ramp, recipe.train.steps
+    if not ramp:
+        return recipe.stages
+    problems, before = [], 0
+    if recipe.stages:
+        found, expected = f"a ramp of {len(ramp)} beside {len(recipe.stages)} stages", "one of the two"
+        fix = "leave the ramp out and set data.batch_size in the stages"
+        problems.append(Problem("train.batch_ramp", found, expected, fix))
+    for number, part in enumerate(ramp):
+        if not before < part.until < steps:
+            expected = f"a step after {before} and before {steps}, train.steps"
+            fix = "put the ramp in order; data.batch_size is that of the steps after it"
+            problems.append(Problem(f"train.batch_ramp.{number}.until", f"{part.until}", expected, fix))
+        before = part.until
+    if problems:
+        raise RecipeError(problems, recipe.name)
+    from fathom.recipe_blocks import StageBlock
+
+    parts = [*((part.until, part.batch_size) for part in ramp), (steps, recipe.data.batch_size)]
+    return tuple(
+        StageBlock(name=f"batches of {size}", until=until, data={"batch_size": size}) for until, size in parts
+    )
 
 
 def stage_problems(stages: tuple[StageBlock, ...], steps: int | None) -> list[Problem]:
@@ -66,13 +99,14 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     Raises:
       RecipeError: listing every problem of every stage, by its key.
     """
-    if not recipe.stages:
+    stages = stage_blocks(recipe)
+    if not stages:
         return [recipe]
-    problems = stage_problems(recipe.stages, recipe.train.steps)
+    problems = stage_problems(stages, recipe.train.steps)
     if problems:
         raise RecipeError(problems, recipe.name)
     recipes = []
-    for number, stage in enumerate(recipe.stages):
+    for number, stage in enumerate(stages):
         values = _values(recipe, stage, number)
         try:
             recipes.append(type(recipe).model_validate(values))
@@ -92,7 +126,7 @@ def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:
     problems = []
     for number, stage in enumerate(recipes):
         found = cross_problems(blocks_of(stage), num_devices)
-        problems += _within(number, found) if recipe.stages else found
+        problems += _within(number, found) if len(recipes) > 1 or recipe.stages else found
     return problems
 
 

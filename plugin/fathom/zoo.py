@@ -44,6 +44,8 @@ class ModelSpec:
       flops_per_token: (config, sequence length) -> training flops (forward and backward) per token.
       update_state: (non-Param state, aux, bias_speed) -> new state, applied after each optimizer step; None
         leaves the state alone.
+      route: (module, batch) -> {name: int32 [B, ...]}, the experts that learned routers choose, as `loss` takes it
+        under "routing" of a batch; None for a model that cannot be told its experts.
       frozen: (path of a Param, stage) -> True when the optimizer must not touch it in that stage.
       config_from_hf, config_to_hf, hub_tensors: the Hub's config and tensor table, None where the model has none.
       hub_model_type: `model_type` of the Hub configs that `config_from_hf` reads.
@@ -59,6 +61,7 @@ class ModelSpec:
     num_params: Callable[[Any], ParamCount]
     flops_per_token: Callable[[Any, int], float]
     update_state: Callable[[Any, dict[str, Any], float], Any] | None = None
+    route: Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]] | None = None
     frozen: Callable[[tuple, str], bool] = lambda path, stage: False
     config_from_hf: Callable[[Mapping[str, Any]], Any] | None = None
     config_to_hf: Callable[[Any], dict[str, Any]] | None = None

@@ -15,7 +15,7 @@ import pytest
 
 from fathom.recipe import Recipe
 from fathom.step_folder import read_payload
-from fathom.train import loop
+from fathom.train import data, loop
 from fathom.train.metrics import read_metrics
 from fathom.zoo import ModelSpec
 
@@ -110,6 +110,33 @@ def exploding(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, loss=loss)
 
 
+POISON = 250  # another such byte
+
+
+def poisoned(spec: ModelSpec) -> ModelSpec:
+    """The model, whose loss is ten times as large on batches with a poisonous token."""
+
+    def loss(model, batch, weights, counts):
+        value, aux = spec.loss(model, batch, weights, counts)
+        factor = jnp.where((batch["tokens"] == POISON).any(), 10.0, 1.0)
+        return value * factor, {**aux, "loss/main": aux["loss/main"] * factor}
+
+    return dataclasses.replace(spec, loss=loss)
+
+
+def poison(setattr: Callable, *numbers: int) -> None:
+    """Poisons some batches of the stream, counted from 1, whichever step they are read for."""
+    original = data.Loader.__next__
+
+    def read(self):
+        batch = original(self)
+        if self.step in numbers:
+            batch["tokens"][0, 0] = POISON
+        return batch
+
+    setattr(data.Loader, "__next__", read)
+
+
 def saved_arrays(result: loop.TrainResult, step: int) -> dict[str, dict]:
     """Name -> shape, dtype and checksum of every array saved at a step."""
     return read_payload(Path(result.checkpoint_dir) / str(step))["leaves"]
@@ -125,6 +152,13 @@ def history(recipe: Recipe, *names: str) -> dict[str, list]:
     return {name: [entry[name] for entry in entries if name in entry] for name in ("step", *names)}
 
 
+def read_log(run_dir: Path) -> list[str]:
+    """The lines of a run folder's log.txt, without their times."""
+    lines = (run_dir / "log.txt").read_text().splitlines()
+    return [line.partition("Z  ")[2] if "Z  " in line else line for line in lines]
+
+
 def steps_on_disk(result_or_recipe) -> list[int]:
-    directory = result_or_recipe.checkpoint_dir
+    """Steps with a checkpoint folder, rising; also takes the folder they lie in."""
+    directory = getattr(result_or_recipe, "checkpoint_dir", result_or_recipe)
     return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())

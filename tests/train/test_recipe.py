@@ -465,6 +465,12 @@ def test_safe_changes():
         metrics__directory="/elsewhere",
         model__remat="full",
         data__path="/elsewhere",
+        train__mtp_weight_final=0.1,
+        train__batch_ramp=[{"until": 2, "batch_size": 4}],
+        train__spike={"factor": 9.0, "window": 30, "max_rollbacks": 1},
+        train__anticipatory_routing={"delay": 3, "always": True, "after_spike": 5},
+        train__watchdog=9.0,
+        train__compilation_cache="/elsewhere",
     )
     assert compare_for_resume(recipe_with().to_dict(), new) == []
 

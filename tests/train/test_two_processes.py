@@ -13,7 +13,7 @@ import pytest
 
 from fathom.distributed import ADDRESS, COUNT, INDEX
 from fathom.step_folder import read_payload
-from tests.train.runs import history, make_recipe, steps_on_disk, write_text
+from tests.train.runs import history, make_recipe, read_log, steps_on_disk, write_text
 
 CURVES = ("loss", "grad_norm", "batch_hash")
 
@@ -154,6 +154,16 @@ def test_v4_cut_over_two_processes_trains_as_in_one(tmp_path, mesh):
     assert one["step"] == two["step"] == [1, 2, 3] and one["batch_hash"] == two["batch_hash"]
     for name in names:
         assert two[name] == pytest.approx(one[name], rel=1e-5, abs=0), name
+
+
+def test_both_go_back_before_a_spike_that_one_of_them_read(tmp_path):
+    write_text(tmp_path / "text")
+    recipe = {"train__spike": {"factor": 20.0, "window": 4}, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 1}
+    one, other = finish(start(tmp_path, 2, devices=1, poisoned=1, recipe=recipe))
+    assert one == other and one["step"] == 12
+    assert history(make_recipe(tmp_path))["step"] == list(range(1, 13))
+    assert any("rollback 1 of 3" in line for line in read_log(tmp_path / "run"))
+    assert [state["step"] for state in data_states(tmp_path, 12)] == [15, 15]
 
 
 def test_what_one_process_meets_is_an_error_in_both(tmp_path):

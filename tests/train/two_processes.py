@@ -4,7 +4,8 @@
 
 Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
 `tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "late", seconds that its
-compiling takes longer; "hinder": True for what only one process meets, see `hindered`.
+compiling takes longer; "poisoned": the process that reads a poisoned batch for step 8; "hinder": True for what only one
+process meets, see `hindered`.
 """
 
 import json
@@ -25,7 +26,9 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     assert initialize_distributed() is several
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options["devices"])
-    zoo.register(toy_model.TOY)
+    zoo.register(runs.poisoned(toy_model.TOY))
+    if jax.process_index() == options.get("poisoned"):
+        runs.poison(setattr, 8)
     recipe = runs.make_recipe(folder, **options.get("recipe", {}))
     if options.get("late") and jax.process_index() == 1:
         compile_together = loop.compile_together

@@ -1,13 +1,14 @@
 """What every decoder here is made of: embedding, head, and a planned run of blocks that is unrolled and scanned.
 
-Letters: B batch, S sequence, D hidden, n streams, V vocab, E experts.
+Letters: B batch, S sequence, D hidden, n streams, V vocab, E experts, K experts per token, R repeats of a scanned
+block.
 """
 
 from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,8 @@ class Features(NamedTuple):
     hidden [B, S, D]: final normalised states; mtp_hidden: one [B, S, D] per MTP stage; documents: the layout of
     the rows; aux: "balance" (float32, summed over valid tokens and learned layers), "indexer" (where options ask for
     it: the indexers' loss, summed over tokens and layers) and "expert_load" (block path -> float32 token counts
-    [..., E]).
+    [..., E]); with return_routing "routing": path of each block with a learned router -> int32 [B, S, K], of a scanned
+    one [B, R, S, K], as `features` takes it.
     """
 
     hidden: jax.Array
@@ -76,23 +78,33 @@ class Head(nnx.Module):
 
 
 class Statistics:
-    """What the blocks of one pass tell: token counts per block, and sums over all blocks."""
+    """What the blocks of one pass tell: token counts per block, and sums over all blocks.
 
-    def __init__(self, *sums: str):
+    Args:
+      sums: names of the scalars to add up. keep_routing: also keep which experts each token went to.
+    """
+
+    def __init__(self, *sums: str, keep_routing: bool = False):
         self.load: dict[str, jax.Array] = {}
         self.sums = dict.fromkeys(sums, jnp.zeros((), jnp.float32))
+        self.routing: dict[str, jax.Array] | None = {} if keep_routing else None
 
     def record(self, name: str, stats: dict[str, jax.Array]) -> None:
-        """Adds a block's {"load": [..., E], other names: scalars or one per repeat}; a part may be missing."""
+        """Adds a block's {"load": [..., E], "indices": [..., B, S, K], other names: scalars or one per repeat}; a part
+        may be missing."""
         if "load" in stats:
             self.load[name] = stats["load"]
+        if self.routing is not None and stats.get("indices") is not None:
+            indices = stats["indices"]
+            self.routing[name] = jnp.moveaxis(indices, 0, 1) if indices.ndim == 4 else indices
         for part in self.sums:
             if part in stats:
                 self.sums[part] = self.sums[part] + jnp.sum(stats[part])
 
     def aux(self) -> dict[str, Any]:
         """As `Features.aux` has them."""
-        return {**self.sums, "expert_load": self.load}
+        kept = {} if self.routing is None else {"routing": self.routing}
+        return {**self.sums, "expert_load": self.load, **kept}
 
 
 class Decoder(nnx.Module):
@@ -140,52 +152,83 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self.repeated[unit])
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
 
-    def run_block(self, block: nnx.Module, x: jax.Array, inputs: Any) -> tuple[jax.Array, dict]:
-        """One block under the options' policy of activation checkpointing."""
+    def run_block(
+        self,
+        block: nnx.Module,
+        x: jax.Array,
+        inputs: Any,
+        routing: jax.Array | None = None,
+        keep_routing: bool = False,
+    ) -> tuple[jax.Array, dict]:
+        """One block under the options' policy of activation checkpointing.
+
+        Args:
+          routing: int32 [B, S, K], the experts to use in place of the router's choice. keep_routing: whether
+            "indices" stays among the statistics.
+        """
         graphdef, state = nnx.split(block)
         if self.options.stage != "indexer-warmup":  # there almost everything is frozen, and has no gradient to settle
             state, x = _settle_gradients(state, x)
 
-        def run(state, x, inputs):
-            return nnx.merge(graphdef, _cast_late(state, x.dtype))(x, inputs)
+        def run(state, x, inputs, routing):
+            x, stats = nnx.merge(graphdef, _cast_late(state, x.dtype))(x, inputs, routing)
+            return x, {name: value for name, value in stats.items() if keep_routing or name != "indices"}
 
-        return remat(run, self.options.remat)(state, x, inputs)
+        return remat(run, self.options.remat)(state, x, inputs, routing)
 
     def run_layers(
-        self, x: jax.Array, inputs: Any, statistics: Statistics, keep: bool
+        self,
+        x: jax.Array,
+        inputs: Any,
+        statistics: Statistics,
+        keep: bool,
+        routing: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """What all layers make of x, and with `keep` what each makes of it, in order."""
-        kept = []
+        """What all layers make of x, and with `keep` what each makes of it, in order; `routing` as in `features`."""
+        kept, routing, told = [], self._known(routing or {}), statistics.routing is not None
         for i, block in enumerate(self.prefix):
-            x, stats = self.run_block(block, x, inputs)
+            x, stats = self.run_block(block, x, inputs, routing.get(f"prefix/{i}"), told)
             statistics.record(f"prefix/{i}", stats)
             kept.append(x)
         if len(self.repeated):
-            x, (unit_stats, unit_kept) = self._scan(x, inputs, keep)
+            x, (unit_stats, unit_kept) = self._scan(x, inputs, keep, routing, told)
             for u, stats in enumerate(unit_stats):
                 statistics.record(f"repeated/{u}", stats)
             if keep:
                 kept += [states[r] for r in range(self.config.plan.repeats) for states in unit_kept]
         for i, block in enumerate(self.suffix):
-            x, stats = self.run_block(block, x, inputs)
+            x, stats = self.run_block(block, x, inputs, routing.get(f"suffix/{i}"), told)
             statistics.record(f"suffix/{i}", stats)
             kept.append(x)
         return x, tuple(kept) if keep else ()
 
-    def _scan(self, x: jax.Array, inputs: Any, keep: bool):
+    def _known(self, routing: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        """`routing`, once each of its names is that of a block; ValueError when one is not."""
+        parts = {"prefix": self.prefix, "repeated": self.repeated, "suffix": self.suffix}
+        names = {f"{part}/{i}" for part, blocks in parts.items() for i in range(len(blocks))}
+        names |= {f"mtp/{i}/block" for i in range(self.config.num_mtp_layers)}
+        if not routing.keys() <= names:
+            unknown = sorted(routing.keys() - names)
+            raise ValueError(f"routing is given for {unknown}, expected some of the blocks {sorted(names)}")
+        return routing
+
+    def _scan(self, x: jax.Array, inputs: Any, keep: bool, routing: Mapping[str, jax.Array], told: bool):
         """The repeated run: one scan step applies every block of the unit."""
         graphdef, state = nnx.split(self.repeated)
+        given = [routing.get(f"repeated/{u}") for u in range(len(self.repeated))]
+        given = [None if indices is None else jnp.moveaxis(indices, 1, 0) for indices in given]
 
-        def step(x, layer_state):
+        def step(x, layer):
+            layer_state, experts = layer
             stats, kept = [], []
             tied = _tie(inputs, layer_state)
-            for block in nnx.merge(graphdef, layer_state):
-                x, block_stats = self.run_block(block, x, tied)
+            for block, indices in zip(nnx.merge(graphdef, layer_state), experts, strict=True):
+                x, block_stats = self.run_block(block, x, tied, indices, told)
                 stats.append(block_stats)
                 kept.append(x if keep else None)
             return x, (stats, kept)
 
-        return jax.lax.scan(remat_unit(step, self.options.remat), x, state)
+        return jax.lax.scan(remat_unit(step, self.options.remat), x, (state, given))
 
     @abc.abstractmethod
     def features(
@@ -195,8 +238,16 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         *,
         return_streams: bool = False,
+        routing: Mapping[str, jax.Array] | None = None,
+        return_routing: bool = False,
     ) -> Features:
-        """Runs everything but the heads; arguments as in `__call__`."""
+        """Runs everything but the heads; arguments as in `__call__`.
+
+        Args:
+          routing: block path -> int32 [B, S, K], of a scanned block [B, R, S, K]: experts to use in place of those that
+            its learned router would select; their weights are the router's. A block that is missing selects by itself.
+          return_routing: whether aux has "routing", the experts that were used.
+        """
 
     def __call__(
         self,

@@ -136,14 +136,15 @@ def language_model_loss(
     Args:
       model: has `features(tokens, positions, segment_ids)` and `head.weight` [D, V].
       batch: "tokens" [B, S]; optional "positions", "segment_ids" and "loss_mask" (1 where the target of the
-        position counts).
+        position counts), "routing" (as `Decoder.features` takes it).
       weights: factors of the parts. counts: denominators of the whole batch (`count_targets`).
 
     Returns:
       float32 scalar in nats per token, and aux: "loss/main", "loss/mtp", "loss/balance", "loss/indexer" (each
       unweighted), "expert_load" (block path -> token counts).
     """
-    features = model.features(batch["tokens"], batch.get("positions"), batch.get("segment_ids"))
+    given = {"routing": batch["routing"]} if "routing" in batch else {}
+    features = model.features(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), **given)
     next_mask, mtp_mask = target_masks(batch)
     targets = features.documents.roll_left(batch["tokens"])
     parts = [HeadTargets(features.hidden, targets, next_mask)]

@@ -256,10 +256,12 @@ class MoEStats(NamedTuple):
     Attributes:
       load: float32 [E], valid tokens per expert.
       balance: float32 scalar, the balance loss summed over valid tokens; None for a hash router.
+      indices: int32 [B, S, K], the experts that a learned router sent each token to; None for a hash router.
     """
 
     load: jax.Array
     balance: jax.Array | None
+    indices: jax.Array | None
 
 
 class MoE(nnx.Module):
@@ -269,7 +271,11 @@ class MoE(nnx.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def __call__(
-        self, x_BSD: jax.Array, tokens_BS: jax.Array, segment_ids_BS: jax.Array | None = None
+        self,
+        x_BSD: jax.Array,
+        tokens_BS: jax.Array,
+        segment_ids_BS: jax.Array | None = None,
+        indices_BSK: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEStats]:
         """[B, S, D] -> ([B, S, D] in x's dtype, statistics).
 
@@ -277,10 +283,11 @@ class MoE(nnx.Module):
           x_BSD: normalised hidden states. tokens_BS: input ids, read by a hash router.
           segment_ids_BS: int32 documents; 0 is padding, which the statistics leave out. None makes
             each row one document.
+          indices_BSK: int32, the experts to use in place of those that a learned router would select.
 
         Raises:
           ValueError: when the mesh does not divide the batch, the sequence, the number of experts
-            or their width.
+            or their width; for indices given to a hash router.
         """
         num_experts, _, width = self.experts.w1.shape
         check_divisible(
@@ -289,12 +296,18 @@ class MoE(nnx.Module):
             ("number of experts", num_experts, "expert"),
             ("expert width", width, "expert_mlp"),
         )
-        routing = self.router(x_BSD, tokens_BS)
+        learned = isinstance(self.router, LearnedRouter)
+        if learned:
+            routing = self.router(x_BSD, tokens_BS, indices_BSK)
+        elif indices_BSK is not None:
+            raise ValueError("indices were given to a hash router, whose table has them; leave its block out")
+        else:
+            routing = self.router(x_BSD, tokens_BS)
         routed = self.experts(x_BSD, routing.indices_BSK, routing.weights_BSK)
         y_BSD = (routed + self.shared(x_BSD)).astype(x_BSD.dtype)
         y_BSD = checkpoint_name(constrain(y_BSD, ("act_batch", "act_sequence", "act_embed")), "experts")
         valid = None if segment_ids_BS is None else segment_ids_BS > 0
         load = expert_load(routing.indices_BSK, valid, routing.scores_BSE.shape[-1])
-        learned = isinstance(self.router, LearnedRouter)
-        balance = sequence_balance_loss(routing, segment_ids_BS) if learned else None
-        return y_BSD, MoEStats(load, balance)
+        if not learned:
+            return y_BSD, MoEStats(load, None, None)
+        return y_BSD, MoEStats(load, sequence_balance_loss(routing, segment_ids_BS), routing.indices_BSK)

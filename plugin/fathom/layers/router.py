@@ -101,12 +101,23 @@ class LearnedRouter(nnx.Module):
             kind=RouterBias,
         )
 
-    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array) -> Routing:
-        """[B, S, D] -> Routing; `tokens_BS` is not used."""
+    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array, indices_BSK: jax.Array | None = None) -> Routing:
+        """[B, S, D] -> Routing; `tokens_BS` is not used. Given indices are taken as they are, and weighed."""
         del tokens_BS
-        scores = router_scores(x_BSD, self.weight[...])
-        indices = _top_k(jax.lax.stop_gradient(scores + self.bias[...]), self.top_k)
+        scores = self.scores(x_BSD)
+        if indices_BSK is None:
+            indices = self.select(jax.lax.stop_gradient(scores + self.bias[...]))
+        else:
+            indices = constrain(indices_BSK, ("act_batch", "act_sequence", None))
         return routing_from(scores, indices, self.scale)
+
+    def scores(self, x_BSD: jax.Array) -> jax.Array:
+        """float32 [B, S, E]."""
+        return router_scores(x_BSD, self.weight[...])
+
+    def select(self, values_BSE: jax.Array) -> jax.Array:
+        """int32 [B, S, K]: the experts that scores + bias choose."""
+        return _top_k(values_BSE, self.top_k)
 
 
 class GroupLimitedRouter(LearnedRouter):
@@ -126,12 +137,13 @@ class GroupLimitedRouter(LearnedRouter):
             )
         self.num_groups, self.groups_per_token = num_groups, groups_per_token
 
-    def __call__(self, x_BSD: jax.Array, tokens_BS: jax.Array) -> Routing:
-        """[B, S, D] -> Routing; `tokens_BS` is not used."""
-        del tokens_BS
-        scores = router_scores(x_BSD, self.weight[...], jax.nn.sigmoid)
-        indices = _on_own_tokens(self._select, jax.lax.stop_gradient(scores + self.bias[...]))
-        return routing_from(scores, indices, self.scale)
+    def scores(self, x_BSD: jax.Array) -> jax.Array:
+        """float32 [B, S, E]."""
+        return router_scores(x_BSD, self.weight[...], jax.nn.sigmoid)
+
+    def select(self, values_BSE: jax.Array) -> jax.Array:
+        """int32 [B, S, K]: the experts that scores + bias choose within the best groups."""
+        return _on_own_tokens(self._select, values_BSE)
 
     def _select(self, values_BSE: jax.Array) -> jax.Array:
         groups = values_BSE.reshape(*values_BSE.shape[:-1], self.num_groups, -1)

@@ -19,6 +19,14 @@ def loss(module: nnx.Module, batch: Any, weights: Any, counts: Any) -> tuple[jax
     return language_model_loss(module, batch, weights, counts)
 
 
+def route(module: nnx.Module, batch: Any) -> dict[str, jax.Array]:
+    """The experts of every token at every learned router: block path -> int32 [B, S, K] or [B, repeats, S, K]."""
+    features = module.features(
+        batch["tokens"], batch.get("positions"), batch.get("segment_ids"), return_routing=True
+    )
+    return features.aux["routing"]
+
+
 def update_state(state: nnx.State, aux: dict[str, Any], speed: float) -> nnx.State:
     """See `fathom.layers.router_bias.update_router_bias`."""
     from fathom.layers.router_bias import update_router_bias

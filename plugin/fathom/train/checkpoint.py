@@ -53,6 +53,7 @@ class Checkpoints:
       directory: where step folders lie, local or any that orbax reaches ("gs://...").
       keep: how many of the newest are kept. keep_every: also keep multiples of this step.
       async_save: write in the background; at most one save is under way.
+      on_saved: called with the step of each save that has completed.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int | None = None,
         async_save: bool = True,
+        on_saved: Callable[[int], None] = lambda step: None,
     ):
         self.directory = absolute(directory)
         self._keep, self._keep_every, self._async_save = keep, keep_every, async_save
+        self._on_saved = on_saved
         self._manager: ocp.training.Checkpointer | None = None
         self._pending: tuple[int, Any] | None = None
         self.saved_step: int | None = None
@@ -171,6 +174,7 @@ class Checkpoints:
             self._pending = None
             raise self._save_failed(step, error) from error
         self._pending, self.saved_step = None, step
+        self._on_saved(step)
 
     def _save_failed(self, step: int, error: Exception) -> CheckpointError:
         return CheckpointError(

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import numpy as np
 from fathom.mesh import make_mesh, sharding_scope
 from fathom.recipe import Recipe, compare_for_resume
 from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import stage_recipes
+from fathom.recipe_stages import stage_blocks, stage_recipes
 from fathom.step_folder import CheckpointError, find_step
+from fathom.train.anticipation import Feeder, Schedule
 from fathom.train.checkpoint import Checkpoints
 from fathom.train.checkpoint_format import agree
 from fathom.train.checkpoint_model import start_from
@@ -27,6 +28,8 @@ from fathom.train.data import DataError
 from fathom.train.manifest import config_differences, describe_run
 from fathom.train.metrics import probe_metrics
 from fathom.train.report import NonFiniteError, RunReport
+from fathom.train.session import Session
+from fathom.train.spike import SpikeError
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
 from fathom.train.stopping import StopSignal
@@ -65,29 +68,59 @@ def train(recipe: Recipe) -> TrainResult:
       CheckpointError: when checkpoints cannot be written, read, or belong to another model or data.
       NonFiniteError: when loss or gradients stop being finite; the newest checkpoint is from
         before.
+      SpikeLimitError: when the loss spikes more often than `train.spike` lets the run go back.
     """
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     probe_run_folder(recipe)
-    checkpoints = open_checkpoints(recipe)
-    stages = stages_of(stage_recipes(recipe), [s.until for s in recipe.stages] or [recipe.train.steps])
+    stages = stages_of(stage_recipes(recipe), [s.until for s in stage_blocks(recipe)] or [recipe.train.steps])
     limit = recipe.train.max_runtime
     deadline = None if limit is None else time.monotonic() + limit
-    stage = stage_at(stages, max(checkpoints.steps(), default=0))
-    while True:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        try:
-            result = train_stage(recipe, stage, stages, checkpoints, left)
-        except OtherStageError as other:  # the newest steps were damaged
-            stage = stages[other.number]
-            continue
-        if result.preempted or result.step < stage.last or stage is stages[-1]:
-            return result
-        stage = stages[stage.number + 1]
+    with Session(recipe) as session:
+        checkpoints = open_checkpoints(recipe, session.saved)
+        stage = stage_at(stages, max(checkpoints.steps(), default=0))
+        while True:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            try:
+                result = train_stage(recipe, stage, stages, checkpoints, left, session)
+            except OtherStageError as other:  # the newest steps were damaged
+                stage = stages[other.number]
+                continue
+            if result.preempted or result.step < stage.last or stage is stages[-1]:
+                session.finish(result.step, result.preempted)
+                return result
+            stage = stages[stage.number + 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRun:
+    """What the steps of a stage need, and need again after a rollback.
+
+    Attributes:
+      whole: the recipe with all stages. stage: this one, among `stages`. program: its compiled functions.
+      loader, holdout: its data, for training and for evaluation (None without one). description: what its checkpoints
+        say of the run (`describe_run`). checkpoints, session: the run's. stop: when to stop early.
+    """
+
+    whole: Recipe
+    stage: Stage
+    stages: list[Stage]
+    program: Program
+    loader: RowStreams
+    holdout: RowStreams | None
+    description: Mapping[str, Any]
+    checkpoints: Checkpoints
+    session: Session
+    stop: StopSignal
 
 
 def train_stage(
-    whole: Recipe, stage: Stage, stages: list[Stage], checkpoints: Checkpoints, max_runtime: float | None
+    whole: Recipe,
+    stage: Stage,
+    stages: list[Stage],
+    checkpoints: Checkpoints,
+    max_runtime: float | None,
+    session: Session,
 ) -> TrainResult:
     """The rest of a stage, from the newest checkpoint; OtherStageError when that lies in another one."""
     recipe = stage.recipe
@@ -96,36 +129,123 @@ def train_stage(
     loader = open_loader(recipe, program)
     holdout = open_loader(recipe, program, "holdout") if recipe.train.eval_every else None
     description = describe_run(recipe.to_dict(), spec, mesh, loader.fingerprint)
+    spike = None
 
-    with (
-        sharding_scope(mesh, program.rules),
-        StopSignal(mesh, max_runtime) as stop,
-        checkpoints,
-    ):
-        state, start = restore_or_init(stage, stages, program, checkpoints, description, loader)
-        if holdout is not None:
-            holdout.use(loader.count)
-        compile_together(program, recipe.data.batch_size, recipe.data.sequence_length)
-        done, stopping = start, False
-        last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
-        with RunReport(recipe, _headline(stage, len(stages), program, start), start, whole) as report:
-            for done in range(start + 1, last + 1):
-                batch = next_batch(loader, done)
-                state, metrics = program.step(state, to_devices(batch, program, recipe))
-                report.push(done, metrics, loader.batch_hash)
-                checkpoints.poll()
-                stopping = stop.requested()
-                if holdout is not None and done % recipe.train.eval_every == 0:
-                    report.evaluation(done, evaluate(recipe, program, state, holdout))
-                if done % recipe.checkpoint.every == 0 or done == last or stopping:
-                    report.flush()  # raises rather than save after a bad step
-                    checkpoints.save(state, loader.states_to_save(), description)
-                    report.restart_clock()
-                if stopping:
-                    break
+    with sharding_scope(mesh, program.rules), StopSignal(mesh, max_runtime) as stop:
+        run = StageRun(whole, stage, stages, program, loader, holdout, description, checkpoints, session, stop)
+        while True:
+            try:
+                with checkpoints:
+                    return run_steps(run, *begin_steps(run, spike))
+            except SpikeError as error:
+                spike = error
+                session.spikes.roll_back(spike)
+                loader.restart()
+
+
+def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, int, int]:
+    """(state, steps done, batches skipped so far in the stage) to go on from: the newest checkpoint's.
+
+    After a spike the data goes on behind it: what was read since that checkpoint is not read again.
+    """
+    session, loader, stage = run.session, run.loader, run.stage
+    with session.clock.during("restore"):
+        state, start = restore_or_init(run, resumes=spike is None)
+    if run.holdout is not None:
+        run.holdout.use(loader.count)
+    if spike is None:
+        with session.clock.during("compile"):
+            compile_together(run.program, stage.recipe.data.batch_size, stage.recipe.data.sequence_length)
+    lost = 0
+    if spike is not None:
+        lost = max(spike.step - start, 0)
+        with session.clock.during("data"):
+            while loader.step < spike.batches:
+                next_batch(loader, start + 1)
+        logger.warning(
+            "%s; back to step %d, and on with the data after the spike, %d batches later; rollback %d of %d",
+            spike, start, lost, session.spikes.rollbacks, stage.recipe.train.spike.max_rollbacks,
+        )  # fmt: skip
+        session.spikes.calm_at = start + stage.recipe.train.anticipatory_routing.after_spike
+    session.begin(start, lost)
+    return state, start, loader.step - (start - stage.first)
+
+
+def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> TrainResult:
+    """The steps after `start`, to the stage's end or an early stop.
+
+    Raises:
+      SpikeError: when the run is to go back.
+    """
+    recipe, program, loader, session = run.stage.recipe, run.program, run.loader, run.session
+    clock, checkpoints = session.clock, run.checkpoints
+    done, stopping, compiled = start, False, set()
+    last = min(recipe.train.steps, recipe.train.stop_at or recipe.train.steps)
+    headline = _headline(run.stage, len(run.stages), program, start)
+    hashes: dict[int, str] = {}
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        batch = next_batch(loader, step)
+        hashes[step] = loader.batch_hash
+        return batch
+
+    feeder = Feeder(
+        read=read,
+        place=lambda batch: to_devices(batch, program, recipe),
+        data_state=loader.states_to_save,
+        route=program.route,
+        schedule=Schedule.of(recipe.train.anticipatory_routing, session.spikes.calm_at),
+        last=last,
+    )
+
+    def watch(step: int, loss: float) -> None:
+        session.spikes.observe(step, loss, batches=step - run.stage.first + skipped)
+
+    # Whatever ends these steps, saves under way are then waited for outside of their phases.
+    with RunReport(recipe, headline, start, run.whole, session, watch) as report, clock.during("data"):
+        for done in range(start + 1, last + 1):
+            clock.enter("compile" if done == start + 1 else "data")
+            fed = feeder.take(done, state)
+            first = ("routing" in fed.inputs) not in compiled
+            clock.enter("compile" if first else "step", was="step" if report.busy() else None)
+            session.profiler.before(done, report.flush)
+            state, metrics = program.step(state, fed.inputs)
+            if first:
+                compiled.add("routing" in fed.inputs)
+                jax.block_until_ready(metrics)  # once: what it takes is compilation, and no throughput
+                clock.enter("step")
+            report.push(done, metrics, hashes.pop(done))
+            if session.profiler.ends_with(done):
+                report.flush()
+                with clock.during("other"):
+                    report.message(f"traced steps up to {done} in {session.profiler.close()}")
+                report.restart_clock()
+            checkpoints.poll()
+            stopping = run.stop.requested()
+            if run.holdout is not None and done % recipe.train.eval_every == 0:
+                report.flush()
+                with clock.during("evaluation"):
+                    report.evaluation(done, evaluate(recipe, program, state, run.holdout))
+            if done % recipe.checkpoint.every == 0 or done == last or stopping:
+                report.flush()  # raises rather than save after a bad step
+                with clock.during("save"):
+                    save(run, state, fed.data_state(), skipped)
+                report.restart_clock()
+            if stopping:
+                break
+        with clock.during("save"):
+            checkpoints.wait()
+        if done > start:
+            report.message(f"time: {clock.summary()}")
 
     preempted = stopping and done < recipe.train.steps
     return TrainResult(done, report.last, str(checkpoints.directory), preempted)
+
+
+def save(run: StageRun, state: TrainState, data_state: Any, skipped: int) -> None:
+    """Starts to save the state, with where its data is and what spikes are judged by."""
+    description = {**run.description, "skipped_batches": skipped, "spikes": run.session.spikes.state()}
+    run.checkpoints.save(state, data_state, description)
 
 
 def probe_run_folder(recipe: Recipe) -> None:
@@ -138,14 +258,15 @@ def probe_run_folder(recipe: Recipe) -> None:
     agree(probe)
 
 
-def open_checkpoints(recipe: Recipe) -> Checkpoints:
-    """The run's checkpoint folder, proven writable."""
+def open_checkpoints(recipe: Recipe, on_saved: Callable[[int], None]) -> Checkpoints:
+    """The run's checkpoint folder, proven writable; `on_saved` is called with every step that was saved."""
     block = recipe.checkpoint
     checkpoints = Checkpoints(
         recipe.checkpoint_dir,
         keep=block.keep,
         keep_every=block.keep_every,
         async_save=block.async_save,
+        on_saved=on_saved,
     )
     checkpoints.probe()
     if not block.resume and checkpoints.steps():
@@ -221,33 +342,29 @@ def to_devices(batch: Mapping[str, Any], program: Program, recipe: Recipe) -> di
     }
 
 
-def restore_or_init(
-    stage: Stage,
-    stages: list[Stage],
-    program: Program,
-    checkpoints: Checkpoints,
-    description: Mapping[str, Any],
-    loader: RowStreams,
-) -> tuple[TrainState, int]:
+def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
     """(state, steps done), from the newest sound checkpoint or fresh; puts the loader at that step.
+
+    Args:
+      resumes: whether the process has only begun; it then takes from the checkpoint what spikes are judged by.
 
     Raises:
       CheckpointError: when the checkpoint is of another run, or its parts are of different steps.
       OtherStageError: when it lies in another stage.
     """
+    stage, program, checkpoints, loader = run.stage, run.program, run.checkpoints, run.loader
     recipe = stage.recipe
-
     newest = max(checkpoints.steps(), default=0)
     begins = stage.previous is not None and newest == stage.first
 
     def check(payload: dict[str, Any]) -> None:
-        found = stage_at(stages, payload["step"])
+        found = stage_at(run.stages, payload["step"])
         if found is not stage or begins != (stage.previous is not None and payload["step"] == stage.first):
             raise OtherStageError(found.number)  # the newest step was damaged, this is the one before it
         problems = compare_for_resume(payload["recipe"], stage.previous if begins else recipe)
         problems += [p for p in config_differences(payload, program.spec) if p not in problems]
         if not begins:
-            problems += _data_differences(payload, description, loader)
+            problems += _data_differences(payload, run.description, loader)
         if problems:
             raise CheckpointError(
                 f"{checkpoints.directory} belongs to another run, {len(problems)} differences:\n  "
@@ -264,13 +381,17 @@ def restore_or_init(
     if restored is None:
         return init_state(program, recipe.train.seed), 0
     step = int(restored.state.step)
+    if resumes and "spikes" in restored.payload:
+        run.session.spikes.load(restored.payload["spikes"])
     if begins:
+        run.session.spikes.forget()  # other rows, or another attention, have other losses
         return stage.begin(program, restored.state), step
     loader.restore(restored.data_states)
-    if loader.step != step - stage.first:
+    skipped = restored.payload.get("skipped_batches", 0)
+    if loader.step != step - stage.first + skipped:
         raise CheckpointError(
-            f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step + stage.first}, its model at "
-            f"step {step}; remove that folder to use the one before it"
+            f"{checkpoints.directory}/{step}: its data iterator is at step {loader.step - skipped + stage.first}, its "
+            f"model at step {step}; remove that folder to use the one before it"
         )
     return restored.state, step
 
@@ -330,7 +451,7 @@ def _headline(stage: Stage, count: int, program: Program, start: int) -> str:
     params = spec.num_params(spec.config)
     where = f"resuming after step {start}" if start else "from the beginning"
     if count > 1:
-        name = recipe.stages[stage.number].name
+        name = stage_blocks(recipe)[stage.number].name
         where = f"stage {stage.number + 1} of {count}{f' ({name})' if name else ''}, {where}"
     return (
         f"{recipe.name}: {spec.name}, {params.total / 1e6:.4g}M parameters ({params.active / 1e6:.4g}M "

@@ -310,7 +310,7 @@ class ProgressBar:
 class LineLogger:
     """One line every `every` steps, for logs and pipes; the last step always has its line."""
 
-    def __init__(self, total: int, *, every: int, stream: TextIO):
+    def __init__(self, total: int, *, every: int, stream: TextIO | None):
         if every < 1:
             raise ValueError(f"LineLogger: every is {every}, expected at least 1")
         self._total, self._every, self._stream = total, every, stream
@@ -376,12 +376,12 @@ def make_progress(
 
 
 def _is_shown(name: str, value: Any) -> bool:
-    """Whether a metric is worth room on a line: hashes and every block's own load are not."""
+    """Whether a metric is worth room on a line: hashes, times and every block's own load are not."""
     if isinstance(value, Mapping) or np.ndim(value) != 0:
         return False
     one_of_many = name.startswith("expert_load/") and name != "expert_load/worst"
     nothing_skipped = name == "skipped_steps" and not value
-    return name != "batch_hash" and not one_of_many and not nothing_skipped
+    return name != "batch_hash" and not name.startswith("time/") and not one_of_many and not nothing_skipped
 
 
 def _scalar_texts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from fathom.recipe import Recipe
 from fathom.train.metrics import MetricWriter, make_progress, plot_loss
+from fathom.train.session import Session
+from fathom.train.text_log import LogLines
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,10 @@ class StepReader:
                 "at the data of this step, or raise train.skip_nonfinite"
             )
 
+    def busy(self) -> bool:
+        """Whether the devices still compute the held step."""
+        return self._pending is not None and not self._pending[1]["loss"].is_ready()
+
     def restart_clock(self) -> None:
         """Keeps time spent elsewhere (saving, evaluation) out of the next step's throughput."""
         if self._clock is not None:
@@ -94,13 +100,26 @@ class RunReport:
 
     Args:
       recipe: of the stage. headline: shown first. start: steps done before, 0 for a new run.
-      whole: the recipe with all stages, the one to write down.
+      whole: the recipe with all stages, the one to write down. session: its clock and its log are told too.
+      watch: called with (step, loss) of every step after it was written; may raise to end the run.
 
     Attributes:
       last: metrics of the newest step that was read.
     """
 
-    def __init__(self, recipe: Recipe, headline: str, start: int, whole: Recipe):
+    def __init__(
+        self,
+        recipe: Recipe,
+        headline: str,
+        start: int,
+        whole: Recipe,
+        session: Session,
+        watch: Callable[[int, float], None],
+    ):
+        self._session, self._watch = session, watch
+        self._last_step, self._log_every = recipe.train.steps, recipe.train.log_every
+        self._log_lines = LogLines(session.log, recipe.train.steps, every=recipe.train.log_every)
+        session.log.event(headline)
         self._is_main = is_main = jax.process_index() == 0
         self._run_dir = recipe.run_dir
         spec = recipe.model_spec()
@@ -124,7 +143,7 @@ class RunReport:
             skip_nonfinite=recipe.train.skip_nonfinite,
         )
         self.push, self.flush = self._reader.push, self._reader.flush
-        self.restart_clock = self._reader.restart_clock
+        self.restart_clock, self.busy = self._reader.restart_clock, self._reader.busy
 
     @property
     def last(self) -> dict[str, Any]:
@@ -134,12 +153,24 @@ class RunReport:
         """Takes the results of an evaluation after `step`."""
         self.flush()
         self._writer.write(step, values)
-        self._progress.message(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.message(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
         self.restart_clock()
 
-    def _emit(self, step: int, values: Mapping[str, Any]) -> None:
+    def message(self, text: str) -> None:
+        """Shows and logs a line."""
+        self._progress.message(text)
+        self._session.log.event(text)
+
+    def _emit(self, step: int, values: dict[str, Any]) -> None:
+        clock = self._session.clock
+        clock.step_done()
+        if step % self._log_every == 0 or step == self._last_step:
+            values = values | clock.metrics()
+            self._session.store_times(step)
         self._writer.write(step, values)
         self._progress.update(step, values)
+        self._log_lines.update(step, values)
+        self._watch(step, values["loss"])
 
     def __enter__(self) -> RunReport:
         return self

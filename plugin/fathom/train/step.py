@@ -54,6 +54,7 @@ class Program:
       start: (params, model_state, uint32 key data) -> TrainState with a fresh optimizer.
       step: (TrainState, donated; batch) -> (TrainState, metrics).
       evaluate: (TrainState, batch) -> metrics that begin with "loss".
+      route: (TrainState, batch) -> what a batch takes as "routing" (`ModelSpec.route`); None where the model has none.
     """
 
     spec: ModelSpec
@@ -68,6 +69,7 @@ class Program:
     start: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Batch], Metrics]
+    route: Callable[[TrainState, Batch], dict[str, jax.Array]] | None
 
     def abstract_batch(self, batch_size: int, sequence_length: int) -> dict[str, Any]:
         """The batch the step takes, as ShapeDtypeStructs with shardings."""
@@ -115,8 +117,8 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
 
     schedule = optimizer.make_schedule(block, train.steps)
     shardings = shardings_of(state)
-    train_step = make_train_step(spec, model, tx, schedule, train, shardings)
-    weights = loss_weights(train)
+    weights_of = weights_by_update(train, block.decay_steps)
+    train_step = make_train_step(spec, model, tx, schedule, weights_of, train, shardings)
     return Program(
         spec=spec,
         options=options,
@@ -129,7 +131,8 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh, state)),
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        evaluate=jax.jit(_make_evaluate(spec, model, weights)),
+        evaluate=jax.jit(_make_evaluate(spec, model, weights_of)),
+        route=None if spec.route is None else jax.jit(_make_route(spec, model)),
     )
 
 
@@ -139,9 +142,26 @@ def _once_options(mesh: Mesh | AbstractMesh, state: TrainState) -> dict[str, Any
     return {LEVEL_FLAG: 0} if on_cpu and state_bytes(state) < 1 << 30 else None
 
 
-def loss_weights(train: Any) -> LossWeights:
-    """The weights of the recipe's train block."""
-    return LossWeights(mtp=train.mtp_weight, balance=train.balance_weight, indexer=train.indexer_weight)
+WeightsOf = Callable[[Any], LossWeights]
+
+
+def weights_by_update(train: Any, decay_steps: int) -> WeightsOf:
+    """Optimizer state -> the weights of the next update's losses, by the recipe's train block.
+
+    The MTP loss has its final weight, where there is one, from the first update of the learning rate's decay on.
+
+    Args:
+      decay_steps: updates of the decay, at the end of the run.
+    """
+    weights = LossWeights(mtp=train.mtp_weight, balance=train.balance_weight, indexer=train.indexer_weight)
+
+    def weights_of(opt_state: Any) -> LossWeights:
+        if train.mtp_weight_final is None:
+            return weights
+        decays = optimizer.updates_done(opt_state) >= train.steps - decay_steps
+        return weights._replace(mtp=jnp.where(decays, train.mtp_weight_final, weights.mtp).astype(jnp.float32))
+
+    return weights_of
 
 
 def make_train_step(
@@ -149,6 +169,7 @@ def make_train_step(
     model: SplitModel,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    weights_of: WeightsOf,
     train: Any,
     shardings: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -158,14 +179,13 @@ def make_train_step(
     metric "finite" is False. Metrics are float32 scalars.
 
     Args:
-      train: the recipe's train block. shardings: layout of the state.
+      weights_of: see `weights_by_update`. train: the recipe's train block. shardings: layout of the state.
     """
-    weights = loss_weights(train)
     grad_shardings, _ = optimizer.split_frozen(spec, shardings.params, train.parameter_stage)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = optimizer.split_frozen(spec, state.params, train.parameter_stage)
-        counts = count_targets(batch)
+        counts, weights = count_targets(batch), weights_of(state.opt_state)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss_fn(trainable, microbatch, index):
@@ -272,16 +292,25 @@ def _expert_balance(expert_load: Mapping[str, jax.Array]) -> Metrics:
     return ratios
 
 
-def _make_evaluate(spec: ModelSpec, model: SplitModel, weights: LossWeights):
+def _make_evaluate(spec: ModelSpec, model: SplitModel, weights_of: WeightsOf):
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
         key = jax.random.wrap_key_data(state.rng)
         module = model.merge((state.params,), state.model_state, key)
         module.eval()
-        loss, aux = spec.loss(module, batch, weights, count_targets(batch))
+        loss, aux = spec.loss(module, batch, weights_of(state.opt_state), count_targets(batch))
         parts = {name: value for name, value in aux.items() if name.startswith("loss/")}
         return {"loss": loss, **parts}
 
     return evaluate
+
+
+def _make_route(spec: ModelSpec, model: SplitModel):
+    def route(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        module = model.merge((state.params,), state.model_state, jax.random.wrap_key_data(state.rng))
+        module.eval()
+        return spec.route(module, batch)
+
+    return route
 
 
 def init_state(program: Program, seed: int) -> TrainState:

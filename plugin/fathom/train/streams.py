@@ -104,6 +104,10 @@ class RowStreams:
         if count != self.count:
             self._open(self._first, count)
 
+    def restart(self) -> None:
+        """Goes to the beginning of the streams there are."""
+        self._open(self._first, self.count)
+
     def get_state(self) -> list[dict[str, Any]]:
         """The states of the streams that this process reads, for `set_state`."""
         return [loader.get_state() for loader in self._loaders.values()]

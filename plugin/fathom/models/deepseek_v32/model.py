@@ -5,6 +5,8 @@ Single-device mathematics: no mesh, no checkpoint, no loop. Letters: B batch, S 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,8 +70,11 @@ class Block(nnx.Module):
         self.attn = Attention(rngs, config, options)
         self.ffn = make_ffn(rngs, config, kind, dtype)
 
-    def __call__(self, x_BSD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, dict]:
-        """Hidden states after the block; "indexer": its indexer's loss, and "load" [E] and "balance" of its router."""
+    def __call__(
+        self, x_BSD: jax.Array, inputs: LayerInputs, routing_BSK: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Hidden states after the block; "indexer": its indexer's loss, and "load" [E], "balance" and "indices"
+        [B, S, K] of its router. `routing_BSK`: experts to use in place of its router's choice."""
         x = constrain(x_BSD, HIDDEN)
         attended, indexer = self.attn(self.attn_norm(x), inputs)
         x = x + constrain(attended, HIDDEN)
@@ -77,8 +82,9 @@ class Block(nnx.Module):
         if self.kind == "dense":
             return constrain(x + self.ffn(normed).astype(x.dtype), HIDDEN), {"indexer": indexer}
         segments = None if documents.single else documents.segment_ids_BS
-        y, stats = self.ffn(normed, inputs.tokens_BS, segments)
-        return constrain(x + y, HIDDEN), {"load": stats.load, "balance": stats.balance, "indexer": indexer}
+        y, stats = self.ffn(normed, inputs.tokens_BS, segments, routing_BSK)
+        told = {"load": stats.load, "balance": stats.balance, "indices": stats.indices}
+        return constrain(x + y, HIDDEN), {**told, "indexer": indexer}
 
 
 def make_block(rngs: nnx.Rngs, config: DeepseekV32Config, options: ComputeOptions, layer: int) -> Block:
@@ -134,17 +140,22 @@ class DeepseekV32(Decoder):
         segment_ids: jax.Array | None = None,
         *,
         return_streams: bool = False,
+        routing: Mapping[str, jax.Array] | None = None,
+        return_routing: bool = False,
     ) -> Features:
-        """Runs everything but the heads; arguments as in `__call__`. There is one stream."""
+        """Runs everything but the heads; arguments as in `Decoder.features`. There is one stream."""
         documents = make_documents(tokens, positions, segment_ids)
         inputs = make_layer_inputs(self.config, tokens, documents)
-        statistics = Statistics("balance", *(["indexer"] if self.options.indexer_loss else []))
+        sums = ["balance", *(["indexer"] if self.options.indexer_loss else [])]
+        statistics = Statistics(*sums, keep_routing=return_routing)
         x = self.embed(tokens, self.options.dtype)
-        x, kept = self.run_layers(x, inputs, statistics, return_streams)
+        x, kept = self.run_layers(x, inputs, statistics, return_streams, routing)
         hidden, mtp_hidden = self.norm(x), []
         for i, stage in enumerate(self.mtp):
+            experts = None if routing is None else routing.get(f"mtp/{i}/block")
+            run_block = functools.partial(self.run_block, routing=experts, keep_routing=return_routing)
             following = self.embed(documents.roll_left(tokens), self.options.dtype)
-            ahead, stats = stage(hidden, following, inputs, self.run_block)
+            ahead, stats = stage(hidden, following, inputs, run_block)
             statistics.record(f"mtp/{i}/block", stats)
             mtp_hidden.append(ahead)
         streams = tuple(states[:, :, None] for states in kept)

@@ -11,7 +11,7 @@ from fathom.models.deepseek_v4.config import DeepseekV4Config
 from fathom.models.deepseek_v4.formulas import flops_per_token, num_params
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors, native_pieces
 from fathom.models.deepseek_v4.sharding import PRESETS
-from fathom.models.training import frozen, loss, update_state
+from fathom.models.training import frozen, loss, route, update_state
 from fathom.zoo import ModelSpec
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def make_spec(name: str, config: DeepseekV4Config) -> ModelSpec:
         num_params=num_params,
         flops_per_token=flops_per_token,
         update_state=update_state,
+        route=route,
         frozen=frozen,
         config_from_hf=DeepseekV4Config.from_hf_config,
         config_to_hf=DeepseekV4Config.to_hf_config,

@@ -6,6 +6,8 @@ E experts.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -100,8 +102,11 @@ class Block(nnx.Module):
         self.attn = Attention(rngs, config, kind, ratio, options)
         self.ffn = make_moe(rngs, config, router_kind, dtype)
 
-    def __call__(self, streams_BSnD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, dict]:
-        """Streams after the block; {"load": [E], "balance": scalar} of its router, "indexer": its indexer's loss."""
+    def __call__(
+        self, streams_BSnD: jax.Array, inputs: LayerInputs, routing_BSK: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
+        """Streams after the block; {"load": [E], "balance": scalar, "indices": [B, S, K] or None} of its router,
+        "indexer": its indexer's loss. `routing_BSK`: experts to use in place of its learned router's choice."""
         streams = constrain(streams_BSnD, STREAMS)
         mixing = self.attn_hc(streams)
         x = self.attn_norm(collapse(mixing.pre_nBS, streams))
@@ -111,10 +116,10 @@ class Block(nnx.Module):
         x = self.ffn_norm(collapse(mixing.pre_nBS, streams))
         documents = inputs.documents
         segments = None if documents.single else documents.segment_ids_BS
-        y, stats = self.ffn(x, inputs.tokens_BS, segments)
+        y, stats = self.ffn(x, inputs.tokens_BS, segments, routing_BSK)
         balance = jnp.zeros((), jnp.float32) if stats.balance is None else stats.balance
         streams = constrain(expand(mixing, constrain(y, HIDDEN), streams), STREAMS)
-        return streams, {"load": stats.load, "balance": balance, "indexer": indexer}
+        return streams, {"load": stats.load, "balance": balance, "indexer": indexer, "indices": stats.indices}
 
 
 def make_block(rngs: nnx.Rngs, config: DeepseekV4Config, options: ComputeOptions, layer: int) -> Block:
@@ -180,18 +185,23 @@ class DeepseekV4(Decoder):
         segment_ids: jax.Array | None = None,
         *,
         return_streams: bool = False,
+        routing: Mapping[str, jax.Array] | None = None,
+        return_routing: bool = False,
     ) -> Features:
-        """Runs everything but the heads; arguments as in `__call__`."""
+        """Runs everything but the heads; arguments as in `Decoder.features`."""
         documents = make_documents(tokens, positions, segment_ids)
         inputs = make_layer_inputs(self.config, tokens, documents)
-        statistics = Statistics("balance", *(["indexer"] if self.options.indexer_loss else []))
+        sums = ["balance", *(["indexer"] if self.options.indexer_loss else [])]
+        statistics = Statistics(*sums, keep_routing=return_routing)
         embedded = self.embed(tokens, self.options.dtype)
         streams = jnp.repeat(embedded[:, :, None, :], self.config.hc_mult, axis=2)
-        streams, kept = self.run_layers(streams, inputs, statistics, return_streams)
+        streams, kept = self.run_layers(streams, inputs, statistics, return_streams, routing)
         mtp_hidden = []
         for i, stage in enumerate(self.mtp):
+            experts = None if routing is None else routing.get(f"mtp/{i}/block")
+            run_block = functools.partial(self.run_block, routing=experts, keep_routing=return_routing)
             following = self.embed(documents.roll_left(tokens), self.options.dtype)
-            hidden, stats = stage(streams, following, inputs, self.run_block)
+            hidden, stats = stage(streams, following, inputs, run_block)
             statistics.record(f"mtp/{i}/block", stats)
             mtp_hidden.append(hidden)
         hidden = self.norm(self.hc_head(streams))

@@ -1,0 +1,96 @@
+"""Anticipatory routing: which experts a step's tokens go to is decided by the parameters of some steps before.
+
+At step t the learned routers' choices are those of the parameters that step t - delay began with; how the chosen
+experts are weighed, and all else, is by the current ones (DeepSeek-V4's report, training stability). For that a batch
+is read `delay` steps ahead and passed forward once, without gradients, as soon as it was read; the choices stay on the
+devices until its step: delay x batch x sequence x experts per token x 4 bytes for each learned router.
+
+In front of the first step of a process, or after a rollback, there are no earlier parameters: the choices of the first
+`delay` steps are then those of the parameters it begins with. A run that was interrupted is therefore not bit for bit
+one that was not, with this option; data, and everything else about resuming, is as without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Route = Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+class Fed(NamedTuple):
+    """What a step takes.
+
+    Attributes:
+      batch: on the host. inputs: on the devices, with "routing" where it was anticipated.
+      data_state: gives, until the next step's are taken, the data iterator's state after this batch, whatever was read
+        beyond it.
+    """
+
+    batch: Mapping[str, np.ndarray]
+    inputs: dict[str, Any]
+    data_state: Callable[[], Any]
+
+
+class Schedule(NamedTuple):
+    """Which steps anticipate.
+
+    Attributes:
+      delay: how many steps ahead, 1 or more. until: the last such step, infinity for all, 0 for none.
+    """
+
+    delay: int = 1
+    until: float = 0
+
+    @classmethod
+    def of(cls, block: Any, until: int) -> Schedule:
+        """By the recipe's `train.anticipatory_routing`; after a rollback `until` a step, 0 without one."""
+        return cls(block.delay, math.inf if block.always else until)
+
+
+class Feeder:
+    """Gives each step its batch, and reads ahead where steps anticipate.
+
+    Args:
+      read: step -> its batch, called once for each step in order.
+      place: batch -> the arrays on the devices. data_state: the data iterator's state.
+      route: (state, arrays) -> choices; may be None when no step anticipates.
+      last: the last step, beyond which nothing is read.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Mapping[str, np.ndarray]],
+        place: Callable[[Mapping[str, np.ndarray]], dict[str, Any]],
+        data_state: Callable[[], Any],
+        route: Route | None,
+        schedule: Schedule,
+        last: int,
+    ):
+        self._read, self._place, self._data_state, self._route = read, place, data_state, route
+        self._schedule, self._last = schedule, last
+        self._ahead: deque[Fed] = deque()
+
+    def take(self, step: int, state: Any) -> Fed:
+        """The batch of `step`, to be called with the state that it begins with, before that is given up."""
+        delay, until = self._schedule
+        target = max(step, min(step + delay, until, self._last))
+        for number in range(step + len(self._ahead), int(target) + 1):
+            batch = self._read(number)
+            inputs = self._place(batch)
+            if number <= until:
+                inputs["routing"] = self._route(state, inputs)
+            self._ahead.append(Fed(batch, inputs, self._state_after(number, target)))
+        return self._ahead.popleft()
+
+    def _state_after(self, number: int, target: float) -> Callable[[], Any]:
+        """Of the batch just read; taken at once only where more will be read before it may be asked for."""
+        if number == target and not self._ahead:
+            return self._data_state
+        state = self._data_state()
+        return lambda: state
