@@ -101,7 +101,7 @@ def test_extends_goes_one_level(tmp_path):
 
 def test_a_name_finds_the_recipe_and_a_wrong_one_lists_them():
     assert load_recipe("tiny-v4-cpu").name == "tiny-v4-cpu"
-    problem = problems_of(load_recipe, "tiny-v4-gpu")["recipe"]
+    problem = problems_of(load_recipe, "tiny-v4-cpv")["recipe"]
     assert "tiny-v4-cpu" in problem.expected and "tiny-v4-cpu" in problem.fix
 
 
