@@ -99,6 +99,19 @@ def test_a_run_of_two_processes_goes_on_with_others(folder, name):
     assert sorted(checkpoint(resumed), key=lambda s: s["shard_index"]) == checkpoint(straight)
 
 
+def test_documents_are_enough_where_the_checkpoint_has_fewer_streams(tmp_path):
+    """Three documents for four processes: too few to begin, not to go on with what one process began."""
+    folder = write_documents(tmp_path / "text", random_documents(3))
+    begun = open_all(folder, even_parts(1))
+    expected = whole(begun, even_parts(1))
+    four = open_all(folder, even_parts(4))
+    with pytest.raises(DataError, match="3 of them in the train split .* one for each of 4 shards"):
+        four[0].use()
+    for streams in four:
+        streams.restore(checkpoint(open_all(folder, even_parts(1))))
+    assert whole(four, even_parts(4)) == expected
+
+
 def test_one_stream_is_what_a_loader_reads(folder):
     """And two processes with two streams read what loaders of two shards read: runs begun before there were streams."""
     block = DataBlock(path=str(folder), sequence_length=16, batch_size=ROWS)
@@ -132,9 +145,9 @@ def test_states_of_a_process_are_its_own(folder):
 
 def test_reading_more_than_is_used_is_told(folder, caplog):
     caplog.set_level("INFO", logger="fathom")
-    open_all(folder, even_parts(4), shards=4)
+    next(open_all(folder, even_parts(4), shards=4)[0])
     assert not caplog.records
-    open_all(folder, even_parts(4), shards=2)
+    next(open_all(folder, even_parts(4), shards=2)[0])
     assert "reads 8 rows a step (1 of 2 streams) and uses 4; a new run with more streams" in caplog.text
 
 

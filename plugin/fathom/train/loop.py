@@ -375,6 +375,8 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
     restored = checkpoints.restore((stage.start_program(program) if begins else program).state, check)
     if restored is None and stage.previous is not None:
         raise OtherStageError(0)
+    if restored is None or begins:
+        loader.use()
     if restored is None and recipe.model.init is not None:
         check_init(recipe)
         return start_from(program, recipe.model.init, recipe.train.seed), 0

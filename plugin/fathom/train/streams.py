@@ -53,16 +53,24 @@ class RowStreams:
         split: str = "train",
     ):
         self._block, self._rows, self._process = block, rows, process
-        self.batch_hash = ""
-        count = block.shards or count
-        first = _reached(rows[process], block.batch_size // count)[0]
-        self._open(make_loader(block, vocab_size=vocab_size, shard_index=first, shard_count=count, split=split), count)
+        self.batch_hash, self.count = "", block.shards or count
+        # Streams are opened when they are used: a checkpoint may say that there are others.
+        self._documents = make_loader(block, vocab_size=vocab_size, split=split)
+        self._loaders: dict[int, Loader] = {}
 
-    def _open(self, loader: Loader, count: int) -> None:
-        """All own streams out of `count`, from their beginning; `loader` knows the documents."""
-        self.count = count
-        self._length = self._block.batch_size // count
-        self._loaders = {k: loader.shard(k, count) for k in _reached(self._rows[self._process], self._length)}
+    def use(self, count: int | None = None) -> None:
+        """Cuts the data into `count` streams and begins them; nothing where they are open already.
+
+        Raises:
+          DataError: when they do not divide the rows of a batch, or are more than the documents.
+        """
+        count = count or self.count
+        if self._loaders and count == self.count:
+            return
+        length = self._block.batch_size // count
+        own = _reached(self._rows[self._process], length)
+        self._loaders = {k: self._documents.shard(k, count) for k in own}
+        self.count, self._length = count, length
         used = sum(stop - start for start, stop in self._rows[self._process])
         read = len(self._loaders) * self._length
         if used < read:
@@ -72,24 +80,21 @@ class RowStreams:
             )  # fmt: skip
 
     @property
-    def _first(self) -> Loader:
-        return next(iter(self._loaders.values()))
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the data, see `Loader`."""
-        return self._first.fingerprint
+        return self._documents.fingerprint
 
     @property
     def step(self) -> int:
         """Batches given out."""
-        return self._first.step
+        return next(iter(self._loaders.values()), self._documents).step
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """The next batch's rows of this process, rising; DataError as `Loader` raises it."""
+        self.use()
         batches = {k: next(loader) for k, loader in self._loaders.items()}
         first = next(iter(batches.values()))
         self.batch_hash = batch_hash(first)
@@ -99,21 +104,18 @@ class RowStreams:
                 pieces.append((k, slice(max(start - k * n, 0), min(stop - k * n, n))))
         return {name: np.concatenate([batches[k][name][part] for k, part in pieces]) for name in first}
 
-    def use(self, count: int) -> None:
-        """Cuts the data into `count` streams and begins them anew; nothing where there are as many already."""
-        if count != self.count:
-            self._open(self._first, count)
-
     def restart(self) -> None:
         """Goes to the beginning of the streams there are."""
-        self._open(self._first, self.count)
+        self._loaders = {}
 
     def get_state(self) -> list[dict[str, Any]]:
         """The states of the streams that this process reads, for `set_state`."""
+        self.use()
         return [loader.get_state() for loader in self._loaders.values()]
 
     def states_to_save(self) -> list[dict[str, Any]]:
         """The states that this process adds to a checkpoint: all processes together give each stream's once."""
+        self.use()
         return [loader.get_state() for k, loader in self._loaders.items() if self._is_ours(k)]
 
     def _is_ours(self, stream: int) -> bool:
@@ -122,6 +124,7 @@ class RowStreams:
 
     def set_state(self, states: Sequence[Any]) -> None:
         """Goes to where `get_state` of this process was taken; DataError as `Loader.set_state` raises it."""
+        self.use()
         for loader, state in zip(self._loaders.values(), states, strict=True):
             loader.set_state(state)
 
