@@ -80,21 +80,11 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """How many slices each axis spans: the outermost axes first, for what crosses between slices is slow.
-
-    Raises:
-      ValueError: when the axes cannot be cut at the slices' borders.
-    """
+    """How many slices each axis spans: the outermost axes first, for what crosses between slices is slow."""
     across, left = [], slices
     for size in sizes:
         across.append(math.gcd(size, left))
         left //= across[-1]
-    if left > 1:
-        named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ValueError(
-            f"the mesh ({named}) cannot be laid over {slices} slices; make its outermost axis, data, a multiple of "
-            f"{slices}"
-        )
     return tuple(across)
 
 
