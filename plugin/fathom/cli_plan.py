@@ -40,7 +40,8 @@ def run_plan(arguments: argparse.Namespace) -> bool:
     from fathom.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    reports = plan(
+    reports = []
+    for report in plan(
         recipe,
         arguments.topology,
         fit=arguments.fit,
@@ -48,13 +49,14 @@ def run_plan(arguments: argparse.Namespace) -> bool:
         advise=not arguments.no_advice,
         stage=arguments.stage,
         progress=lambda text: print(f"fathom plan: {text}", file=sys.stderr, flush=True),
-    )
-    print("\n\n".join(report.to_text() for report in reports))
-    if arguments.json:
-        values = [report.to_dict() for report in reports]
-        Path(arguments.json).write_text(json.dumps(values[0] if len(values) == 1 else values, indent=1) + "\n")
-    if arguments.picture:
-        for number, report in enumerate(reports, 1):
+    ):
+        reports.append(report)
+        # All that is known so far: a later stage may fail.
+        print(("\n" if len(reports) > 1 else "") + report.to_text(), flush=True)
+        if arguments.json:
+            values = [report.to_dict() for report in reports]
+            Path(arguments.json).write_text(json.dumps(values[0] if len(values) == 1 else values, indent=1) + "\n")
+        if arguments.picture:
             path = Path(arguments.picture)
-            report.draw(path if len(reports) == 1 else path.with_stem(f"{path.stem}-{number}"))
+            report.draw(path if len(reports) == 1 else path.with_stem(f"{path.stem}-{len(reports)}"))
     return all(report.fits for report in reports)

@@ -71,7 +71,13 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if slices > 1:
         across = _across_slices(sizes, slices)
         inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
-        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=auto)
+        try:
+            laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        except NotImplementedError:
+            laid_out = mesh_utils.create_hybrid_device_mesh(
+                inside, across, devices, allow_split_physical_axes=True
+            )
+        return Mesh(laid_out, AXES, axis_types=auto)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
     except NotImplementedError:  # 4 x 16 on a torus of 8 x 8: an axis of the mesh takes a part of one of the torus

@@ -149,7 +149,7 @@ def parse_topology(text: str) -> Topology:
             f"topology {text!r}: found {len(dims)} dimensions, {generation.label} has {generation.dimensions}, each at "
             f"least 1; write it like {name}:{example}"
         )
-    one_host = math.prod(dims) <= generation.chips_per_host
+    one_host = all(n <= h for n, h in zip(dims, generation.host, strict=True))
     if not one_host and any(n % h for n, h in zip(dims, generation.host, strict=True)):
         host = "x".join(map(str, generation.host))
         better = "x".join(str(math.ceil(n / h) * h) for n, h in zip(dims, generation.host, strict=True))

@@ -9,9 +9,10 @@ import pytest
 
 import fathom
 from fathom.recipe_files import recipe_names
+from fathom.recipe_stages import stage_recipes
 
 FULL_SIZE = [name for name in recipe_names() if not name.startswith("tiny")]
-STAGES = [(name, stage) for name in FULL_SIZE for stage in range(1, max(len(fathom.load_recipe(name).stages), 1) + 1)]
+STAGES = [(name, stage) for name in FULL_SIZE for stage in range(1, len(stage_recipes(fathom.load_recipe(name))) + 1)]
 
 
 @pytest.mark.slow
@@ -23,4 +24,5 @@ def test_fits(name, stage):
     assert report.parameters == report.formula_parameters
     # The formula counts attention to what is selected and no loss of the indexers; the program also multiplies what
     # its masks and blocks hold beside it, and Muon's products.
-    assert 0.97 < report.flops / report.model_flops / report.remat_factor < 1.35
+    if report.model_flops is not None:
+        assert 0.97 < report.flops / report.model_flops / report.remat_factor < 1.35

@@ -28,6 +28,8 @@ def test_the_outermost_axis_spans_the_slices():
     assert slices_of(mesh, "fsdp") == slices_of(mesh, "expert") == {1}
     mesh = make_mesh({"fsdp": 8, "expert": 4}, devices("v6e:4x4", 2))  # what divides the slices, wherever it is
     assert slices_of(mesh, "fsdp") == {2} and slices_of(mesh, "expert") == {1}
+    mesh = make_mesh({"data": 2, "fsdp": 8, "expert": 2}, devices("v6e:4x4", 2))  # 8 x 2 on a torus of 4 x 4
+    assert slices_of(mesh, "data") == {2} and slices_of(mesh, "fsdp") == {1}
 
 
 def test_an_axis_may_take_a_part_of_one_of_the_torus():

@@ -111,6 +111,15 @@ def _check_recipe(recipe: Recipe, slices: Topology, target: str) -> None:
     if recipe.mesh.simulated_devices is not None:
         found, expected = f"{recipe.mesh.simulated_devices}, for --on {target}", "nothing: the devices are the slice's"
         problems.append(Problem("mesh.simulated_devices", found, expected, "add mesh.simulated_devices=null"))
+    if "://" in recipe.data.location:
+        problems.append(
+            Problem(
+                "data.path",
+                f"{recipe.data.location!r}, which is remote",
+                "a file or folder that every host has: data is read as local files",
+                "mount or copy it on the hosts, and add data.path=/the/place/there",
+            )
+        )
     directory = recipe.checkpoint_dir
     if "://" not in directory and not directory.startswith("/"):
         problems.append(
@@ -127,8 +136,7 @@ def _check_recipe(recipe: Recipe, slices: Topology, target: str) -> None:
 
 def _notes(recipe: Recipe, slices: Topology) -> list[str]:
     notes = []
-    if recipe.data.location == "stdlib:" or not re.match(r"[a-z0-9]+://", recipe.data.location):
-        notes.append(f"data.path {recipe.data.location} must exist on every host")
+    notes.append(f"data.path {recipe.data.location} must exist on every host")
     if recipe.train.max_runtime is not None:
         notes.append("train.max_runtime ends with exit code 3, which restarts a run: it limits each start, not the sum")
     if slices.slices > 1 and recipe.mesh.data % slices.slices:

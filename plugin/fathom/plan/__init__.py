@@ -22,13 +22,15 @@ class _PlanPackage(types.ModuleType):
           ValueError: for a recipe of several stages when `stage` does not say which.
         """
         from fathom.plan.planner import plan
+        from fathom.recipe_stages import stage_recipes
 
-        if len(recipe.stages) > 1 and options.get("stage") is None:
+        count = len(stage_recipes(recipe))
+        if count > 1 and options.get("stage") is None:
             raise ValueError(
-                f"recipe {recipe.name} has {len(recipe.stages)} stages; say which with stage=1 to "
-                f"{len(recipe.stages)}, or call fathom.plan.planner.plan for all of them"
+                f"recipe {recipe.name} has {count} stages; say which with stage=1 to {count}, or call "
+                "fathom.plan.planner.plan for all of them"
             )
-        return plan(recipe, topology, **options)[0]
+        return next(plan(recipe, topology, **options))
 
 
 sys.modules[__name__].__class__ = _PlanPackage

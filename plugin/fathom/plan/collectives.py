@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from fathom.plan.hlo_proto import NEWEST_FIELD, shape_bytes
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -70,7 +73,13 @@ class _Walk:
             called = list(instruction.called_computation_ids)
             if instruction.opcode == "while":
                 trips = trip_count(self.computations, instruction, by_id)
+                before = sum(runs for runs, _ in self.totals.values())
                 self.computation(called[0], times * (self.loops if trips is None else trips))
+                if trips is None and sum(runs for runs, _ in self.totals.values()) != before:
+                    logger.warning(
+                        "%s: how often it runs does not follow from constants, and it holds collectives: they are "
+                        "counted as if it ran %g times", instruction.name, self.loops,
+                    )  # fmt: skip
             elif instruction.opcode == "conditional":
                 for branch in called:  # which one runs depends on the device or the data
                     self.computation(branch, times / len(called))
@@ -83,7 +92,7 @@ class _Walk:
         axes = _axes(groups, self.mesh_shape)
         size = len(groups[0])
         given = sum(shape_bytes(by_id[i].shape) for i in instruction.operand_ids if i in by_id)
-        if kind == "all-reduce" and _scatters(computation):
+        if kind == "all-reduce" and _is_scattered(instruction, computation):
             kind = "reduce-scatter"
         share = (size - 1) / size
         sent = {
@@ -95,10 +104,10 @@ class _Walk:
         self.totals[kind, axes] = runs + times, total + times * sent
 
 
-def _scatters(computation: Any) -> bool:
-    """Whether a computation is the sum and the slice of it that a TPU takes as one reduce-scatter."""
-    opcodes = {i.opcode for i in computation.instructions}
-    return "dynamic-slice" in opcodes and len(computation.instructions) < 24 and "fusion" not in opcodes
+def _is_scattered(instruction: Any, computation: Any) -> bool:
+    """Whether a fusion keeps of an all-reduce only a slice, which a TPU carries out as a reduce-scatter."""
+    users = [i for i in computation.instructions if instruction.id in i.operand_ids]
+    return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
 def _groups(instruction: Any, devices: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -67,6 +68,11 @@ def compile_step(
       PlanError: when it fails for another reason than memory; the text ends with the compiler's own words.
     """
     begin = time.monotonic()
+    if topology != "cpu" and importlib.util.find_spec("libtpu") is None:
+        raise PlanError(
+            "the TPU's compiler, libtpu, is not installed; pip install 'fathom-jax[tpu]' (no TPU is needed), or plan "
+            "for this machine with --topology cpu"
+        )
     with tempfile.TemporaryDirectory(prefix="fathom-plan-") as name:
         folder = Path(name)
         (folder / "recipe.json").write_text(json.dumps(recipe.to_dict()))
@@ -130,6 +136,8 @@ def _read(folder: Path, process: subprocess.Popen, seconds: float) -> Compiled:
         raise PlanError(f"the step was not compiled: {said or f'exit code {process.returncode}: ' + ' / '.join(tail)}")
     hlo = parse_hlo(path.read_bytes()) if path else None
     whole = folder / "module.pb"
+    if hlo is None and not whole.exists():
+        raise PlanError("the compiler has left no report of its buffers; try the libtpu that jax[tpu] pins")
     module = hlo.module if hlo is not None else parse_module(whole.read_bytes())
     return Compiled(facts, hlo, module, refused, _json(folder / "done.json"), seconds)
 

@@ -10,12 +10,12 @@ from typing import Any
 from fathom.layers.remat import forward_passes
 from fathom.plan.chip_memory import HeapUse, heap_use
 from fathom.plan.collectives import step_traffic
-from fathom.plan.compiler import Compiled, compile_step
+from fathom.plan.compiler import Compiled, PlanError, compile_step
 from fathom.plan.report import GIB, PlanReport, memory_parts
 from fathom.plan.roofline import step_bound
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import stage_recipes
+from fathom.recipe_stages import check_stages, stage_blocks, stage_recipes
 from fathom.topology import Topology, parse_topology
 
 FITS = ("batch", "sequence")
@@ -32,8 +32,10 @@ def plan(
     advise: bool = True,
     stage: int | None = None,
     progress: Progress = lambda text: None,
-) -> list[PlanReport]:
+) -> Iterator[PlanReport]:
     """Compiles the train step of each stage of a recipe for a slice that need not be there.
+
+    What anticipatory routing adds (`train.anticipatory_routing`) is not compiled.
 
     Args:
       topology: "v5p:8x8x8", "2*v6e:16x16", or "cpu" for this machine; the recipe's `mesh.topology` unless given, and
@@ -44,35 +46,49 @@ def plan(
       stage: plan this one alone, counted from 1.
       progress: told what is going on, a line at a time.
 
-    Returns:
-      One report per stage.
+    Yields:
+      One report per stage, each as soon as it is there.
 
     Raises:
-      RecipeError: for a topology that is none, or whose devices the mesh does not fill; for other values of `fit`.
+      RecipeError: for a recipe that cannot run on the slice, every problem at once; for other values of `fit`, `stage`.
+      TopologyError: for a topology that is none.
       PlanError: when the step does not compile for another reason than memory.
     """
-    if fit not in (None, *FITS):
-        raise RecipeError([Problem("--fit", repr(fit), f"one of {FITS}", "correct it")], recipe.name)
-    stages = stage_recipes(recipe)
-    if stage is not None and not 1 <= stage <= len(stages):
-        problem = Problem("--stage", f"{stage}", f"1 to {len(stages)}, the recipe's stages", "correct it")
-        raise RecipeError([problem], recipe.name)
-    reports = []
+    blocks, stages = stage_blocks(recipe), stage_recipes(recipe)
+    where = topology or recipe.mesh.topology or "cpu"
+    _check(recipe, where, fit, stage, len(stages))
     for number, part in enumerate(stages, 1):
         if stage in (None, number):
-            name = recipe.stages[number - 1].name or f"{number}" if recipe.stages else ""
-            reports.append(_plan_stage(part, name, topology, fit, codegen, advise, progress))
-    return reports
+            name = blocks[number - 1].name or f"{number} of {len(stages)}" if blocks else ""
+            yield _plan_stage(part, name, where, fit, codegen, advise, progress)
 
 
-def _plan_stage(recipe, name, topology, fit, codegen, advise, progress) -> PlanReport:
-    where = topology or recipe.mesh.topology or "cpu"
-    check_slice(recipe, where)
+def _check(recipe: Recipe, topology: str, fit: str | None, stage: int | None, count: int) -> None:
+    """RecipeError listing what is wrong before anything is compiled."""
+    check_slice(recipe, topology)
+    devices = None if topology == "cpu" else parse_topology(topology).devices
+    problems = [
+        # Data and tokenizer lie where the recipe runs, and a plan may be for another slice than the recipe's own.
+        problem
+        for problem in check_stages(recipe, devices)
+        if not problem.key.endswith(("data.path", "data.tokenizer", "mesh.topology"))
+    ]
+    if fit not in (None, *FITS):
+        problems.append(Problem("--fit", repr(fit), f"one of {FITS}", "correct it"))
+    if fit and topology == "cpu":
+        problems.append(Problem("--fit", repr(fit), "a slice with a limit to fit", "add --topology"))
+    if stage is not None and not 1 <= stage <= count:
+        problems.append(Problem("--stage", f"{stage}", f"1 to {count}, the recipe's stages", "correct it"))
+    if problems:
+        raise RecipeError(problems, recipe.name)
+
+
+def _plan_stage(recipe, name, where, fit, codegen, advise, progress) -> PlanReport:
     report = compile_report(recipe, name, where, codegen, progress)
     if not report.fits and advise:
-        report = _replace(report, advice=tuple(_advice(recipe, where, report, progress)))
+        report = dataclasses.replace(report, advice=tuple(_advice(recipe, where, report, progress)))
     if fit:
-        report = _replace(report, largest_fit=largest_fit(recipe, where, fit, report, progress))
+        report = dataclasses.replace(report, largest_fit=largest_fit(recipe, where, fit, report, progress))
     return report
 
 
@@ -107,9 +123,11 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
     use = _use(compiled)
     traffic = step_traffic(compiled.module, facts["mesh"])
     bound = None
+    # The formulas are of sparse attention and of all weights training.
+    model_flops = facts["formula_flops"] if recipe.train.stage == "sparse" else None
     if slice_ is not None:
         bound = step_bound(
-            slice_, facts["flops"], facts["formula_flops"], traffic, facts["weights"] + facts["optimizer"],
+            slice_, facts["mesh"], facts["flops"], model_flops, traffic, facts["optimizer"],
             axes_across_slices(slice_, facts["mesh"]),
         )  # fmt: skip
     devices = math.prod(facts["mesh"].values())
@@ -133,7 +151,7 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
         formula_parameters=facts["formula_parameters"],
         tokens=facts["tokens"],
         flops=facts["flops"],
-        model_flops=facts["formula_flops"],
+        model_flops=model_flops,
         remat=recipe.model.remat,
         remat_factor=remat_factor(recipe),
         traffic=tuple(traffic),
@@ -162,13 +180,13 @@ def axes_across_slices(topology: Topology, mesh: dict[str, int]) -> frozenset[st
     return frozenset(found)
 
 
-def remat_factor(recipe: Recipe) -> float:
-    """What recomputation makes of the model's formula: (backward's two passes + the forward's) / 3, nan where a policy
+def remat_factor(recipe: Recipe) -> float | None:
+    """What recomputation makes of the model's formula: (backward's two passes + the forward's) / 3, None where a policy
     keeps a part of the products only."""
     config = recipe.model_spec().config
     plan_ = getattr(config, "plan", None)
     passes = forward_passes(recipe.model.remat, getattr(plan_, "unit", 1) or 1)
-    return math.nan if passes is None else (2.0 + passes) / 3.0
+    return None if passes is None else (2.0 + passes) / 3.0
 
 
 CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -188,7 +206,11 @@ def _advice(recipe: Recipe, topology: str, report: PlanReport, progress: Progres
     yield f"it needs {(report.total - (report.limit or 0)) / GIB:.2f} GiB less; tried:"
     for text, values in _changes(recipe):
         progress(f"does it fit with {text}?")
-        changed = compile_report(changed_recipe(recipe, values), "", topology)
+        try:
+            changed = compile_report(changed_recipe(recipe, values), "", topology)
+        except PlanError as error:
+            yield f"  {text}: {error}"
+            continue
         yield f"  {text}: {changed.total / GIB:.2f} GiB, {'fits' if changed.fits else 'does not fit'}"
         if changed.fits:
             return
@@ -197,7 +219,8 @@ def _advice(recipe: Recipe, topology: str, report: PlanReport, progress: Progres
 
 def _changes(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
     for text, values in CHANGES:
-        if changed_recipe(recipe, values) != recipe:
+        saves_less = recipe.model.remat == "unit" and values.get("model") == {"remat": "full"}
+        if changed_recipe(recipe, values) != recipe and not saves_less:
             yield text, values
     accumulation = recipe.train.accumulation
     if recipe.data.batch_size % (2 * _row_unit(recipe)) == 0:
@@ -222,15 +245,22 @@ def largest_fit(
     """
     key = "batch_size" if what == "batch" else "sequence_length"
     own = getattr(recipe.data, key)
-    unit = _row_unit(recipe) if what == "batch" else max(own // 8, 1)
+    unit = _row_unit(recipe) if what == "batch" else _length_unit(recipe)
     tried: dict[int, PlanReport] = {own: first}
+    refused: dict[int, str] = {}
 
     def fits(count: int) -> bool:
         size = count * unit
+        if size in refused:
+            return False
         if size not in tried:
             progress(f"does it fit with data.{key}={size}?")
             changed = with_positions(recipe, size) if what == "sequence" else recipe
-            tried[size] = compile_report(changed_recipe(changed, {"data": {key: size}}), "", topology)
+            try:
+                tried[size] = compile_report(changed_recipe(changed, {"data": {key: size}}), "", topology)
+            except PlanError as error:
+                refused[size] = str(error)
+                return False
         return tried[size].fits
 
     _search(own // unit, fits)
@@ -240,6 +270,7 @@ def largest_fit(
         "value": best,
         "total": tried[best].total if best else 0,
         "tried": {size: {"total": r.total, "fits": r.fits} for size, r in sorted(tried.items())},
+        "refused": refused,
     }
 
 
@@ -249,6 +280,15 @@ def _row_unit(recipe: Recipe) -> int:
     axes = spec.preset(recipe.mesh.preset)["act_batch"] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     return math.prod(recipe.mesh.shape[axis] for axis in axes) * recipe.train.accumulation
+
+
+def _length_unit(recipe: Recipe) -> int:
+    """Lengths are tried in eighths of the recipe's own, where the mesh cuts those evenly."""
+    axes = recipe.model_spec().preset(recipe.mesh.preset)["act_sequence"] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    columns = math.prod(recipe.mesh.shape[axis] for axis in axes)
+    own = recipe.data.sequence_length
+    return next(own // parts for parts in (8, 4, 2, 1) if own % parts == 0 and own // parts % columns == 0)
 
 
 def with_positions(recipe: Recipe, length: int) -> Recipe:
@@ -278,7 +318,3 @@ def _search(own: int, fits: Callable[[int], bool]) -> None:
             low = count
         else:
             high = count
-
-
-def _replace(report: PlanReport, **changes: Any) -> PlanReport:
-    return dataclasses.replace(report, **changes)

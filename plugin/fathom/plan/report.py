@@ -35,8 +35,10 @@ class PlanReport:
         compiler lets a program use, None for a CPU. fits: whether the compiler takes it.
       largest: the largest buffers when most memory is used. parameters: of the model, as the program holds them;
         formula_parameters: by the config. flops: of the program's matrix products in a step, loops counted as often as
-        they run; model_flops: by the model's formula, without recomputation. tokens: of a step.
-      remat: the recipe's policy; remat_factor: what it makes of the formula (`fathom.layers.remat.forward_passes`).
+        they run; model_flops: by the model's formula, without recomputation, None for stages other than "sparse", which
+        it does not know. tokens: of a step.
+      remat: the recipe's policy; remat_factor: what it makes of the formula (`fathom.layers.remat.forward_passes`),
+        None where that is not known.
       traffic: collectives of one device. bound: None for a CPU. rows_of_parameters: see `fathom.plan.parameters`.
       seconds: to trace and compile. codegen: whether machine code was written too.
       advice: changes that were tried because it does not fit, with what they come to. largest_fit: of `--fit`.
@@ -60,9 +62,9 @@ class PlanReport:
     formula_parameters: int
     tokens: int
     flops: float
-    model_flops: float
+    model_flops: float | None
     remat: str
-    remat_factor: float
+    remat_factor: float | None
     traffic: tuple[Traffic, ...]
     bound: Bound | None
     rows_of_parameters: tuple[dict[str, Any], ...]
@@ -125,20 +127,23 @@ class PlanReport:
         return lines
 
     def _cost_lines(self) -> list[str]:
-        per_token = self.flops / self.tokens
-        ratio = self.flops / self.model_flops
+        operations = f"operations {self.flops:.4g} a step, {self.flops / self.tokens:.4g} a token"
+        if self.model_flops is not None:
+            operations += f": {self.flops / self.model_flops:.3f} x the model's formula"
+            if self.remat_factor is not None:
+                operations += f"; remat {self.remat!r} makes {self.remat_factor:.3f} of it"
         lines = [
             f"parameters {self.parameters:,} (the config's formula: {self.formula_parameters:,})",
-            f"operations {self.flops:.4g} a step, {per_token:.4g} a token: {ratio:.3f} x the model's formula; remat "
-            f"{self.remat!r} makes {self.remat_factor:.3f} of it",
+            operations,
         ]
         if self.bound is not None:
             b = self.bound
             lines += [
                 f"bound: a step takes at least {b.seconds:.3g} s ({b.limited_by}; compute {b.compute:.3g}, network "
                 f"{b.network:.3g}, memory {b.memory:.3g}), {self.tokens / b.seconds / self.chips:,.0f} tokens a second "
-                "and chip,",
-                f"  and MFU is at most {b.mfu:.1%}. A bound from peak rates, not a prediction.",
+                "and chip"
+                + ("" if b.mfu is None else f",\n  and MFU is at most {b.mfu:.1%}")
+                + ". A bound from peak rates, not a prediction.",
             ]
         return lines
 

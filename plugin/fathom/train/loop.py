@@ -138,7 +138,7 @@ def train_stage(
                 with checkpoints:
                     return run_steps(run, *begin_steps(run, spike))
             except SpikeError as error:
-                spike = error
+                spike = error.with_traceback(None)  # whose frames hold the state that is given up
                 session.spikes.roll_back(spike)
                 loader.restart()
 
@@ -159,7 +159,7 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
     lost = 0
     if spike is not None:
         lost = max(spike.step - start, 0)
-        with session.clock.during("data"):
+        with session.clock.during("restore"):  # as long as it takes: no step is due
             while loader.step < spike.batches:
                 next_batch(loader, start + 1)
         logger.warning(
@@ -375,8 +375,10 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
     restored = checkpoints.restore((stage.start_program(program) if begins else program).state, check)
     if restored is None and stage.previous is not None:
         raise OtherStageError(0)
-    if restored is None or begins:
+    if restored is None:
         loader.use()
+    elif begins:
+        loader.keep_count(restored.data_states)
     if restored is None and recipe.model.init is not None:
         check_init(recipe)
         return start_from(program, recipe.model.init, recipe.train.seed), 0

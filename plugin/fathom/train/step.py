@@ -132,7 +132,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
         evaluate=jax.jit(_make_evaluate(spec, model, weights_of)),
-        route=None if spec.route is None else jax.jit(_make_route(spec, model)),
+        route=None if spec.route is None else jax.jit(_make_route(spec, model, train.accumulation)),
     )
 
 
@@ -257,18 +257,20 @@ def accumulate(
             f"data.batch_size {rows} is not divisible by train.accumulation {microbatches}"
         )
 
-    def cut(x):
-        return x.reshape(rows // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
     def body(total, inputs):
         loss, aux, grads = one(*inputs)
         return jax.tree.map(jnp.add, total, grads), (loss, aux)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
-    inputs = (jax.tree.map(cut, dict(batch)), jnp.arange(microbatches))
+    inputs = (_microbatches(dict(batch), microbatches), jnp.arange(microbatches))
     grads, (losses, auxes) = jax.lax.scan(body, zeros, inputs)
     loss, aux = jax.tree.map(lambda x: x.sum(axis=0), (losses, auxes))
     return loss, aux, grads
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]: microbatch i has rows i, i + count, ..."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _update(tx, trainable, grads, opt_state):
@@ -304,11 +306,15 @@ def _make_evaluate(spec: ModelSpec, model: SplitModel, weights_of: WeightsOf):
     return evaluate
 
 
-def _make_route(spec: ModelSpec, model: SplitModel):
+def _make_route(spec: ModelSpec, model: SplitModel, microbatches: int):
     def route(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
         module = model.merge((state.params,), state.model_state, jax.random.wrap_key_data(state.rng))
         module.eval()
-        return spec.route(module, batch)
+        if microbatches == 1:
+            return spec.route(module, batch)
+        # No more tokens at a time than the step itself takes.
+        routing = jax.lax.map(lambda part: spec.route(module, part), _microbatches(dict(batch), microbatches))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), routing)
 
     return route
 

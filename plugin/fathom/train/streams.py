@@ -104,6 +104,13 @@ class RowStreams:
                 pieces.append((k, slice(max(start - k * n, 0), min(stop - k * n, n))))
         return {name: np.concatenate([batches[k][name][part] for k, part in pieces]) for name in first}
 
+    def keep_count(self, states: Sequence[Any]) -> None:
+        """Begins with as many streams as a checkpoint of the stage before has, where the recipe does not say and they
+        divide the rows of this one: then the data does not depend on how many processes there are."""
+        count = len({state["shard_index"] for state in states})
+        kept = self._block.shards is None and count > 0 and self._block.batch_size % count == 0
+        self.use(count if kept else None)
+
     def restart(self) -> None:
         """Goes to the beginning of the streams there are."""
         self._loaders = {}
