@@ -163,7 +163,7 @@ class PlanReport:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(9, 2.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
         left = 0.0
         for number, (part, text) in enumerate(PARTS.items()):
             size = self.memory[part] / GIB
