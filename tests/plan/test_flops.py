@@ -119,7 +119,7 @@ def test_while_loops_whose_trips_follow_from_constants(wrap):
     assert count_flops(wrap(in_a_scan), X, SQUARE) == 2 * 3 * ONE
     assert count_flops(wrap(squares), X, SQUARE) == 4 * ONE  # 0, 9, 16, 25, 36
     assert count_flops(wrap(passed_on), X, SQUARE) == 4 * ONE
-    with pytest.raises(ValueError, match=r"while loop at test_plan_flops\.py:\d+.* number of trips"):
+    with pytest.raises(ValueError, match=r"while loop at test_flops\.py:\d+.* number of trips"):
         count_flops(wrap(undecided), X, SQUARE)
 
 
@@ -127,7 +127,7 @@ def test_an_unbounded_while_is_an_error_only_with_products():
     def until(step):
         return lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 3.0, lambda c: step(c, w), x)
 
-    with pytest.raises(ValueError, match=r"while loop at test_plan_flops\.py:\d+.*fori_loop"):
+    with pytest.raises(ValueError, match=r"while loop at test_flops\.py:\d+.*fori_loop"):
         count_flops(until(layer), X, SQUARE)
     with pytest.raises(ValueError, match="while loop"):
         count_flops(lambda x, w, n: jax.lax.fori_loop(0, n, lambda i, c: layer(c, w), x), X, SQUARE, 3)
@@ -283,7 +283,7 @@ def test_the_breakdown_names_shapes_runs_and_places():
     assert (times, once) == (5, 1)
     assert first.primitive == "dot_general" and first.flops == ONE
     assert first.shapes == f"float32[{M},{K}] float32[{K},{K}] -> float32[{M},{K}]"
-    assert first.source.startswith("test_plan_flops.py:") and "layer" in first.source and "run" in second.source
+    assert first.source.startswith("test_flops.py:") and "layer" in first.source and "run" in second.source
     lines = product_table(run, X, SQUARE, W, top=1).splitlines()
     assert len(lines) == 2 and first.shapes in lines[1] and first.source in lines[1]
     assert product_table(lambda x: x, X).endswith("0 flops in all")
