@@ -69,15 +69,41 @@ def traces(folder):
     return [path for path in (folder / "profile").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize(("steps", "stop"), [("3-4", None), ("3-4", 3), (2, None)])
-def test_chosen_steps_are_traced(tmp_path, steps, stop):
-    values = make_recipe(tmp_path, train__steps=5, train__stop_at=stop).to_dict()
+TRACED_RUNS = """
+import json, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+from fathom import zoo
+from fathom.recipe import Recipe
+from fathom.train.loop import train
+from tests.train import runs, toy_model
+
+zoo.register(toy_model.TOY)
+for number, (steps, stop) in enumerate(json.loads(sys.argv[2])):
+    values = runs.make_recipe(Path(sys.argv[1]), str(number), train__steps=5, train__stop_at=stop).to_dict()
     recipe = Recipe.model_validate({**values, "profile": {"steps": steps}})
     train(recipe)
-    files = traces(recipe.run_dir)
-    assert any(path.name.endswith(".xplane.pb") and path.stat().st_size > 1000 for path in files), files
-    # A run that is cut short among the steps leaves what it has, and says nothing of a whole trace.
-    assert any("traced steps up to" in line for line in read_log(recipe.run_dir)) == (stop is None)
+    print(recipe.run_dir)
+"""
+
+
+def test_chosen_steps_are_traced(tmp_path):
+    """In a process of its own: a trace ends one in which libtpu has compiled before."""
+    cases = [("3-4", None), ("3-4", 3), (2, None)]
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED_RUNS, str(tmp_path), json.dumps(cases)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = [Path(line) for line in done.stdout.splitlines() if Path(line).is_dir()]
+    assert len(folders) == len(cases)
+    for folder, (_, stop) in zip(folders, cases, strict=True):
+        files = traces(folder)
+        assert any(path.name.endswith(".xplane.pb") and path.stat().st_size > 1000 for path in files), files
+        # A run that is cut short among the steps leaves what it has, and says nothing of a whole trace.
+        assert any("traced steps up to" in line for line in read_log(folder)) == (stop is None)
 
 
 def test_steps_that_a_run_does_not_come_to_leave_no_trace(tmp_path):
