@@ -15,7 +15,7 @@ from fathom.mesh import make_mesh
 from fathom.plan.collectives import Traffic, step_traffic
 from fathom.plan.hlo_proto import parse_module
 
-pytestmark = pytest.mark.xdist_group("libtpu")
+pytestmark = pytest.mark.xdist_group("collectives")
 SHAPE = {"data": 1, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
 ROWS, WIDTH, TRIPS = 64, 256, 5
 SHARD = ROWS * WIDTH * 4

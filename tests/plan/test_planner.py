@@ -21,7 +21,7 @@ from fathom.topology import GENERATIONS, TopologyError, parse_topology
 from fathom.train.step import make_program
 from fathom.zoo import get
 
-pytestmark = pytest.mark.xdist_group("libtpu")
+pytestmark = pytest.mark.xdist_group("planner")
 
 SMALL = {
     "name": "small",
@@ -193,5 +193,4 @@ def test_full_size_recipes_fill_their_slices(name):
     read = fathom.load_recipe(name)
     slice_ = parse_topology(read.mesh.topology)
     assert slice_.devices == math.prod(read.mesh.shape.values())
-    read.check(slice_.devices)
-    assert get(read.model.name)
+    assert get(read.model.name)  # the rest is checked where each is planned, in test_full_size.py

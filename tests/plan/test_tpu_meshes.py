@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from jax.experimental import topologies
 
 from fathom.mesh import make_mesh
-
-pytestmark = pytest.mark.xdist_group("libtpu")
 
 
 def devices(name: str, slices: int = 1):

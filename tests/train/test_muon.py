@@ -22,6 +22,7 @@ from fathom.train.state import named_leaves, split_model
 from tests.models.small import FAST_COMPILE
 from tests.train.toy_model import TOY
 
+pytestmark = pytest.mark.xdist_group("muon")  # the transcription, which several compare with, is made once
 STEPS, RATE, MOMENTUM, RMS, DECAY = 3, 1e-2, 0.95, 0.18, 0.1
 MESHES = {
     "one device": (None, "default"),
