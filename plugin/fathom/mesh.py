@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 """Mesh axes, outermost first. `data` replicates weights, `fsdp` shards them, `expert` holds different
@@ -67,25 +70,39 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     auto = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
-    slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices > 1:
-        across = _across_slices(sizes, slices)
-        inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
+    # The devices of a single slice that is not attached have no slice_index.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
         try:
-            laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
-        except NotImplementedError:
-            laid_out = mesh_utils.create_hybrid_device_mesh(
-                inside, across, devices, allow_split_physical_axes=True
-            )
-        return Mesh(laid_out, AXES, axis_types=auto)
+            return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
+        except NotImplementedError as error:
+            _tell_of_split_axes(sizes, error)
+            laid_out = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            return Mesh(laid_out, AXES, axis_types=auto)
+    across = across_slices(sizes, slices)
+    inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
-    except NotImplementedError:  # 4 x 16 on a torus of 8 x 8: an axis of the mesh takes a part of one of the torus
-        laid_out = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(laid_out, AXES, axis_types=auto)
+        laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    except NotImplementedError as error:
+        _tell_of_split_axes(inside, error)
+        laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=auto)
 
 
-def _across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
+def _tell_of_split_axes(sizes: tuple[int, ...], error: NotImplementedError) -> None:
+    """JAX raises it where no axes of the torus together are as long as one of the mesh: 4 x 16 on a torus of 8 x 8.
+
+    The mesh is then laid out with parts of them. It computes the same and may communicate more slowly, so it is told;
+    a mesh that cannot be laid out at all raises again there.
+    """
+    named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True) if size > 1)
+    logger.warning(
+        "the mesh (%s) takes parts of the slice's own axes, over which it may communicate more slowly; sizes that are "
+        "products of those axes avoid it (%s)", named, str(error).partition(".")[0],
+    )  # fmt: skip
+
+
+def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
     """How many slices each axis spans: the outermost axes first, for what crosses between slices is slow."""
     across, left = [], slices
     for size in sizes:

@@ -130,6 +130,11 @@ def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:
     return problems
 
 
+def check_elsewhere(recipe: Recipe, num_devices: int | None) -> list[Problem]:
+    """`check_stages` of a recipe that will run on other machines: whether its data is there is checked there."""
+    return [p for p in check_stages(recipe, num_devices) if not p.key.endswith(("data.path", "data.tokenizer"))]
+
+
 def blocks_of(recipe: Recipe) -> dict[str, BaseModel]:
     """Block name -> block."""
     values = {name: getattr(recipe, name) for name in type(recipe).model_fields}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fathom.cli_problem import ArgumentProblem
 from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_stages
+from fathom.recipe_stages import check_elsewhere
 from fathom.topology import EXAMPLE, Topology, TopologyError, parse_topology
 
 NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -106,8 +106,7 @@ def check_name(name: str | None, recipe_name: str, longest: int) -> str:
 
 
 def _check_recipe(recipe: Recipe, slices: Topology, target: str) -> None:
-    # Data and tokenizer lie where the recipe runs: that they exist is checked there.
-    problems = [p for p in check_stages(recipe, slices.devices) if not p.key.endswith(("data.path", "data.tokenizer"))]
+    problems = check_elsewhere(recipe, slices.devices)
     if recipe.mesh.simulated_devices is not None:
         found, expected = f"{recipe.mesh.simulated_devices}, for --on {target}", "nothing: the devices are the slice's"
         problems.append(Problem("mesh.simulated_devices", found, expected, "add mesh.simulated_devices=null"))

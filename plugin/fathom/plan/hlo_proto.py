@@ -17,7 +17,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "dimensions": (3, _INTEGER, True),
         "tuple_shapes": (4, "Shape", True),
     },
-    "OpMetadata": {"op_type": (1, _TEXT, False), "op_name": (2, _TEXT, False)},
+    "OpMetadata": {"op_name": (2, _TEXT, False)},
     "ReplicaGroup": {"replica_ids": (1, _INTEGER, True)},
     "SourceTarget": {"source": (1, _INTEGER, False), "target": (2, _INTEGER, False)},
     "IotaGroups": {
@@ -42,9 +42,6 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "shape": (3, "Shape", False),
         "metadata": (7, "OpMetadata", False),
         "literal": (8, "Literal", False),
-        "tuple_index": (13, _INTEGER, False),
-        "channel_id": (26, _INTEGER, False),
-        "custom_call_target": (28, _TEXT, False),
         "id": (35, _INTEGER, False),
         "operand_ids": (36, _INTEGER, True),
         "called_computation_ids": (38, _INTEGER, True),
@@ -60,7 +57,6 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "name": (1, _TEXT, False),
         "instructions": (2, "Instruction", True),
         "id": (5, _INTEGER, False),
-        "root_id": (6, _INTEGER, False),
     },
     "Module": {
         "name": (1, _TEXT, False),
@@ -76,17 +72,14 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "id": (1, _INTEGER, False),
         "size": (2, _INTEGER, False),
         "defined_at": (3, "Location", False),
-        "color": (4, _INTEGER, False),
     },
     "Allocation": {
         "index": (1, _INTEGER, False),
         "size": (2, _INTEGER, False),
         "is_thread_local": (3, _FLAG, False),
         "is_entry_computation_parameter": (5, _FLAG, False),
-        "parameter_number": (6, _INTEGER, False),
         "maybe_live_out": (7, _FLAG, False),
         "color": (8, _INTEGER, False),
-        "is_constant": (12, _FLAG, False),
     },
     "Event": {
         "kind": (1, _INTEGER, False),
@@ -96,7 +89,6 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
     },
     "Trace": {
         "events": (1, "Event", True),
-        "whole_module_simulation": (2, _FLAG, False),
         "buffer_allocation_index": (3, _INTEGER, False),
     },
     "Buffers": {

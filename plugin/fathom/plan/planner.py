@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fathom.layers.remat import forward_passes
+from fathom.mesh import AXES, across_slices
 from fathom.plan.chip_memory import HeapUse, heap_use
 from fathom.plan.collectives import step_traffic
 from fathom.plan.compiler import Compiled, PlanError, compile_step
@@ -15,8 +16,8 @@ from fathom.plan.report import GIB, PlanReport, memory_parts
 from fathom.plan.roofline import step_bound
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_stages, stage_blocks, stage_recipes
-from fathom.topology import Topology, parse_topology
+from fathom.recipe_stages import check_elsewhere, stage_blocks, stage_recipes
+from fathom.topology import parse_topology
 
 FITS = ("batch", "sequence")
 MOST_DOUBLINGS = 8
@@ -54,8 +55,9 @@ def plan(
       TopologyError: for a topology that is none.
       PlanError: when the step does not compile for another reason than memory.
     """
-    blocks, stages = stage_blocks(recipe), stage_recipes(recipe)
     where = topology or recipe.mesh.topology or "cpu"
+    recipe = changed_recipe(recipe, {"mesh": {"topology": None if where == "cpu" else str(parse_topology(where))}})
+    blocks, stages = stage_blocks(recipe), stage_recipes(recipe)
     _check(recipe, where, fit, stage, len(stages))
     for number, part in enumerate(stages, 1):
         if stage in (None, number):
@@ -65,14 +67,7 @@ def plan(
 
 def _check(recipe: Recipe, topology: str, fit: str | None, stage: int | None, count: int) -> None:
     """RecipeError listing what is wrong before anything is compiled."""
-    check_slice(recipe, topology)
-    devices = None if topology == "cpu" else parse_topology(topology).devices
-    problems = [
-        # Data and tokenizer lie where the recipe runs, and a plan may be for another slice than the recipe's own.
-        problem
-        for problem in check_stages(recipe, devices)
-        if not problem.key.endswith(("data.path", "data.tokenizer", "mesh.topology"))
-    ]
+    problems = check_elsewhere(recipe, None if topology == "cpu" else parse_topology(topology).devices)
     if fit not in (None, *FITS):
         problems.append(Problem("--fit", repr(fit), f"one of {FITS}", "correct it"))
     if fit and topology == "cpu":
@@ -92,23 +87,6 @@ def _plan_stage(recipe, name, where, fit, codegen, advise, progress) -> PlanRepo
     return report
 
 
-def check_slice(recipe: Recipe, topology: str) -> None:
-    """RecipeError when the slice does not have as many devices as the mesh."""
-    if topology == "cpu":
-        return
-    slice_ = parse_topology(topology)
-    needed = math.prod(recipe.mesh.shape.values())
-    if slice_.devices != needed:
-        axes = " x ".join(f"{axis} {size}" for axis, size in recipe.mesh.shape.items() if size > 1) or "1"
-        problem = Problem(
-            "mesh",
-            f"{axes}, which needs {needed} devices",
-            f"{slice_.devices} devices, those of {slice_}",
-            "change the mesh axes, or plan for another slice with --topology",
-        )
-        raise RecipeError([problem], recipe.name)
-
-
 def compile_report(
     recipe: Recipe, stage: str, topology: str, codegen: bool = False, progress: Progress = lambda text: None
 ) -> PlanReport:
@@ -126,9 +104,10 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
     # The formulas are of sparse attention and of all weights training.
     model_flops = facts["formula_flops"] if recipe.train.stage == "sparse" else None
     if slice_ is not None:
+        sizes = tuple(facts["mesh"][axis] for axis in AXES)
         bound = step_bound(
             slice_, facts["mesh"], facts["flops"], model_flops, traffic, facts["optimizer"],
-            axes_across_slices(slice_, facts["mesh"]),
+            frozenset(axis for axis, n in zip(AXES, across_slices(sizes, slice_.slices), strict=True) if n > 1),
         )  # fmt: skip
     devices = math.prod(facts["mesh"].values())
     limit = slice_.generation.hbm_bytes if slice_ else None
@@ -168,16 +147,6 @@ def _use(compiled: Compiled) -> HeapUse:
     sizes = compiled.sizes or {}
     outputs = sizes["output"] - sizes["alias"]
     return HeapUse(sizes["argument"], sizes["temp"], outputs, 0, 0, sizes["temp"], 0, ())
-
-
-def axes_across_slices(topology: Topology, mesh: dict[str, int]) -> frozenset[str]:
-    """The mesh axes that span slices: the outermost ones, as `fathom.mesh.make_mesh` lays them out."""
-    found, left = set(), topology.slices
-    for axis, size in mesh.items():
-        if math.gcd(size, left) > 1:
-            found.add(axis)
-            left //= math.gcd(size, left)
-    return frozenset(found)
 
 
 def remat_factor(recipe: Recipe) -> float | None:
