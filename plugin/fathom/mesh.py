@@ -37,6 +37,7 @@ Rules = Mapping[str, MeshAxes]
 _active_rules: contextvars.ContextVar[Rules | None] = contextvars.ContextVar(
     "fathom_rules", default=None
 )
+_slow_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("fathom_slow_axes", default=())
 
 
 def _mesh_sizes(shape: Mapping[str, int]) -> tuple[int, ...]:
@@ -70,8 +71,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     auto = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "cpu":
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
-    # The devices of a single slice that is not attached have no slice_index.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = _slice_count(devices)
     if slices == 1:
         try:
             return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
@@ -100,6 +100,11 @@ def _tell_of_split_axes(sizes: tuple[int, ...], error: NotImplementedError) -> N
         "the mesh (%s) takes parts of the slice's own axes, over which it may communicate more slowly; sizes that are "
         "products of those axes avoid it (%s)", named, str(error).partition(".")[0],
     )  # fmt: skip
+
+
+def _slice_count(devices: Sequence[Any]) -> int:
+    # The devices of a single slice that is not attached have no slice_index.
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
@@ -168,7 +173,12 @@ def sharding_scope(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
                 f"sharding rule {logical!r} -> {axes!r} names mesh axes {missing}, "
                 f"the mesh has {list(mesh.axis_names)}"
             )
-    token = _active_rules.set(rules)
+    slow = ()
+    if isinstance(mesh, Mesh):
+        sizes = tuple(mesh.shape.values())
+        across = across_slices(sizes, _slice_count(list(mesh.devices.flat)))
+        slow = tuple(axis for axis, slices in zip(mesh.axis_names, across, strict=True) if slices > 1)
+    tokens = _active_rules.set(rules), _slow_axes.set(slow)
     set_mesh = (
         jax.sharding.use_abstract_mesh(mesh)
         if isinstance(mesh, AbstractMesh)
@@ -178,7 +188,8 @@ def sharding_scope(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
         with set_mesh:
             yield
     finally:
-        _active_rules.reset(token)
+        _active_rules.reset(tokens[0])
+        _slow_axes.reset(tokens[1])
 
 
 def active_rules() -> Rules | None:
@@ -219,6 +230,14 @@ def split_axes(logical: str) -> tuple[str, ...]:
     """The mesh axes larger than 1 that the active rules split a logical axis over."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return tuple(axis for axis in mesh_axes(logical) if sizes.get(axis, 1) > 1)
+
+
+def replica_axes(logical_axes: Sequence[str | None]) -> tuple[str, ...]:
+    """The mesh axes larger than 1 along which an array with these logical axes lies as a whole on every device, and
+    whose devices are of one slice, so that they may share work on it and exchange its results."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    taken = {*_slow_axes.get(), *(axis for logical in logical_axes for axis in mesh_axes(logical))}
+    return tuple(axis for axis, size in sizes.items() if size > 1 and axis not in taken)
 
 
 def check_divisible(*checks: tuple[str, int, str]) -> None:

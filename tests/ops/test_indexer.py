@@ -11,6 +11,7 @@ from fathom.layers.options import ComputeOptions
 from fathom.ops import indexer
 from fathom.ops.indexer import approximate_topk, exact_topk, indexer_topk
 from fathom.ops.selection import Selected, VisibleRange, entry_mask
+from fathom.plan.flops import count_flops
 
 B, S, E, K = 4, 16, 1024, 64
 
@@ -183,3 +184,49 @@ def test_approximate_selection_is_the_tpu_primitive(monkeypatch):
         assert ("ApproxTopK" in lowered.as_text()) == (selection == "approx")
         if selection == "approx":
             assert 'custom_call_target="PartialReduce"' in lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fewer_entries_are_scored_than_sorted(packed, monkeypatch):
+    """As on a TPU: two sorts are compiled, and the products of each chunk are of the eighth more than it sees."""
+    monkeypatch.setattr(indexer, "LENGTHS", {"cpu": 2})
+    monkeypatch.setattr(indexer, "SHORTEST", {"cpu": 16})
+    monkeypatch.setattr(indexer, "SCORED_SHORTEST", 16)
+    entries, queries, keep = 168, 336, 16
+    lengths = indexer.sorted_lengths(entries, keep)
+    assert lengths == [16, 84, 168]
+    assert [indexer.scored_lengths(entries, b, a) for a, b in zip(lengths, lengths[1:], strict=False)] == [
+        [21, 42, 63, 84], [105, 126, 147, 168]
+    ]  # fmt: skip
+    rng = np.random.default_rng(1)
+    q, k = rng.standard_normal((2, queries, 3, 8)), rng.standard_normal((2, entries, 8))
+    w = rng.standard_normal((2, queries, 3))
+    args = [jnp.asarray(x, jnp.float32) for x in (q, k, w)]
+    begin = np.tile(np.where(np.arange(queries) < 200, 0, 100) * packed, (2, 1)).astype(np.int32)
+    end = np.tile(np.arange(queries) // 2, (2, 1)).astype(np.int32)
+    visible = VisibleRange(jnp.asarray(begin), jnp.asarray(end))
+    got = np.asarray(indexer_topk(*args, visible, keep, query_chunk=8))
+    scores = np.einsum("bsne,bsn->bse", np.maximum(np.einsum("bsnh,beh->bsne", q, k), 0), w)
+    for row in range(2):
+        for query in range(queries):
+            low, high = begin[row, query], end[row, query]
+            order = low + np.argsort(-scores[row, query, low:high], kind="stable")[:keep]
+            chosen = got[row, query][got[row, query] >= 0]
+            np.testing.assert_array_equal(np.sort(chosen), np.sort(order))
+
+
+def test_plans_count_what_causal_queries_score(monkeypatch):
+    """`fathom plan` weighs the lengths by how many chunks of a row take each."""
+    monkeypatch.setattr(indexer, "LENGTHS", {"cpu": 2})
+    monkeypatch.setattr(indexer, "SCORED_SHORTEST", 1024)
+    entries, keep, heads, width, chunk = 16384, 512, 4, 8, 64
+    shapes = [(1, 65536, heads, width), (1, entries, width), (1, 65536, heads)]
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    end = jnp.arange(65536, dtype=jnp.int32)[None] // 4
+    visible = VisibleRange(jnp.zeros_like(end), end)
+    monkeypatch.setattr(indexer, "bisects", lambda num_entries: False)
+    counted = count_flops(lambda *a: indexer_topk(*a, visible, keep, query_chunk=chunk), *args)
+    needed = np.asarray(end)[0, chunk - 1 :: chunk]
+    sizes = [512, *(2048 * (i + 1) for i in range(8))]
+    scored = np.array([0, *sizes[1:]])[np.searchsorted(sizes, needed)].sum() * chunk
+    assert counted == pytest.approx(2.0 * heads * (width + 1) * scored, rel=1e-3)

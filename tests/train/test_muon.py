@@ -15,6 +15,7 @@ from fathom import zoo
 from fathom.layers.options import ComputeOptions
 from fathom.layers.param import Matrix
 from fathom.mesh import make_mesh, sharding_scope, state_shardings
+from fathom.plan.flops import count_flops
 from fathom.recipe import Recipe
 from fathom.train import optimizer
 from fathom.train.muon import orthogonal
@@ -27,7 +28,7 @@ STEPS, RATE, MOMENTUM, RMS, DECAY = 3, 1e-2, 0.95, 0.18, 0.1
 MESHES = {
     "one device": (None, "default"),
     "fsdp 2 expert 2 tensor 2": ({"fsdp": 2, "expert": 2, "tensor": 2}, "default"),
-    "long": ({"fsdp": 2, "expert": 4}, "long"),
+    "long, two groups": ({"data": 2, "expert": 4}, "long"),
 }
 # How the weights of V4 and V3.2 are cut into the matrices that the published formulas name: last part of the path, and
 # the axes of one matrix (rows, columns) with the sizes of pieces along the columns. Written out here a second time.
@@ -155,7 +156,8 @@ def wanted(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh_name"), [*(("deepseek-v4-tiny", name) for name in MESHES), ("deepseek-v3.2-tiny", "long")]
+    ("model", "mesh_name"),
+    [*(("deepseek-v4-tiny", name) for name in MESHES), ("deepseek-v3.2-tiny", "long, two groups")],
 )
 def test_every_matrix_as_published(model, mesh_name):
     got = run(model, mesh_name)
@@ -205,6 +207,26 @@ def test_singular_values(shape, dtype, error):
     assert np.abs(want - 1).max() < 2e-3
     np.testing.assert_allclose(values, want, rtol=error)
     np.testing.assert_allclose(np.sqrt(np.mean(np.square(scaled))), RMS, rtol=max(error, 2e-3))
+
+
+@pytest.mark.parametrize(
+    "axes", [(None, None, None), ("expert", "expert_embed", None), (None, "embed", "vocab")], ids=str
+)
+def test_devices_share_the_matrices_out(axes):
+    """However a weight lies, no product is made on two devices, and an odd one is made as well as the others."""
+    mesh, rules = make_mesh({"data": 2, "fsdp": 2, "expert": 2}), zoo.get("deepseek-v4-tiny").preset("default")
+
+    def one(x):
+        return orthogonal(x, Matrix(), axes, RMS, jnp.dtype("float32"))
+
+    even, odd = (jax.ShapeDtypeStruct((count, 8, 24), "float32") for count in (16, 14))
+    alone = count_flops(one, even)
+    x = np.random.default_rng(0).standard_normal(odd.shape).astype(np.float32)
+    want = jax.jit(one)(x)
+    with sharding_scope(mesh, rules):
+        assert count_flops(one, even) == alone
+        assert count_flops(one, odd) == alone  # 14 take as long as 16
+        np.testing.assert_allclose(jax.jit(one)(x), want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_of_no_matrices_is_refused():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from fathom.ops.chunks import from_chunks, to_chunks
 from fathom.ops.platform import program_platform
 from fathom.ops.precision import precision_of
+from fathom.ops.ranges import for_length, seen_range, steps
 from fathom.ops.selection import VisibleRange
 from fathom.ops.topk import bisected_topk, bisects
 
@@ -24,6 +25,8 @@ LENGTHS = {"cpu": 8}
 long over, and a CPU's does not."""
 SHORTEST = {"cpu": 256}
 """The fewest entries of the shortest range where it is not 1,024."""
+SCORED, SCORED_SHORTEST = 8, 1024
+"""Products alone compile quickly: how many lengths at most, and the fewest entries of the shortest."""
 
 
 def indexer_scores(q_BSNH: jax.Array, k_BEH: jax.Array, weights_BSN: jax.Array) -> jax.Array:
@@ -44,9 +47,7 @@ def exact_topk(scores_BCE: jax.Array, visible: VisibleRange, keep: int) -> jax.A
     return jnp.where(values > -jnp.inf, indices, -1).astype(jnp.int32)
 
 
-def approximate_topk(
-    scores_BCE: jax.Array, visible: VisibleRange, keep: int, recall_target: float
-) -> jax.Array:
+def approximate_topk(scores_BCE: jax.Array, visible: VisibleRange, keep: int, recall_target: float) -> jax.Array:
     """Like `exact_topk`, missing on average at most 1 - recall_target of the entries; ties are taken as they come.
 
     On TPUs it is one pass that keeps the best of each of several interleaved groups of entries (arXiv 2206.14286);
@@ -72,27 +73,16 @@ def _visible_scores(scores_BCE: jax.Array, visible: VisibleRange) -> jax.Array:
     return jnp.where(seen, scores_BCE, -jnp.inf)
 
 
-def range_sizes(num_entries: int, keep: int) -> list[int]:
-    """The lengths of range that a program is compiled for; the first, with nothing to choose from, is `keep`."""
+def sorted_lengths(num_entries: int, keep: int) -> list[int]:
+    """How many scores a program may sort; the first, with nothing to choose from, is `keep`."""
     platform = program_platform()
     lengths = max(1, min(LENGTHS.get(platform, 2), num_entries // max(SHORTEST.get(platform, 1024), keep)))
-    unit = -(-num_entries // lengths)
-    scored = [min(unit * (i + 1), num_entries) for i in range(lengths)]
-    return [keep, *(size for size in scored if size > keep)]
+    return [keep, *(size for size in steps(num_entries, -(-num_entries // lengths)) if size > keep)]
 
 
-def _in_needed_range(visible: VisibleRange, num_entries: int, keep: int, run) -> jax.Array:
-    """run(start, length) with the shortest of a few lengths whose range holds all that the chunk's queries see.
-
-    Causal queries early in a sequence then score few of its entries. One program is compiled for each length.
-    """
-    sizes = range_sizes(num_entries, keep)
-    sees = visible.end_BS > visible.begin_BS
-    low = jnp.where(sees, jnp.maximum(visible.begin_BS, 0), num_entries).min()
-    high = jnp.where(sees, jnp.minimum(visible.end_BS, num_entries), 0).max()
-    which = (high - low > jnp.array(sizes[:-1], jnp.int32)).sum()
-    branches = [lambda size=size: run(jnp.clip(low, 0, num_entries - size), size) for size in sizes]
-    return jax.lax.switch(which, branches) if len(sizes) > 1 else branches[0]()
+def scored_lengths(num_entries: int, longest: int, before: int) -> list[int]:
+    """How many entries a program may score that sorts `longest`, where more than `before` are needed."""
+    return steps(longest, -(-num_entries // max(1, min(SCORED, num_entries // SCORED_SHORTEST))), before)
 
 
 def indexer_topk(
@@ -125,28 +115,39 @@ def indexer_topk(
     """
     if selection not in ("exact", "approx"):
         raise ValueError(f"unknown indexer selection {selection!r}; expected 'exact' or 'approx'")
-    keep = min(top_k, k_BEH.shape[1])
+    num_entries = k_BEH.shape[1]
+    keep = min(top_k, num_entries)
+    lengths = sorted_lengths(num_entries, keep)
 
     def one_chunk(chunk):
-        q, weights, *visible = chunk
-        clipped = VisibleRange(jnp.maximum(visible[0], 0), jnp.minimum(visible[1], k_BEH.shape[1]))
+        q, weights, *edges = chunk
+        visible = VisibleRange(*edges)
+        low, high = seen_range(visible, num_entries)
 
-        def of_range(start, length: int) -> jax.Array:
+        def of_range(length: int) -> jax.Array:
             if length <= keep:
+                clipped = VisibleRange(jnp.maximum(visible.begin_BS, 0), jnp.minimum(visible.end_BS, num_entries))
                 return all_visible(clipped, keep)
-            k = jax.lax.dynamic_slice_in_dim(k_BEH, start, length, axis=1)
-            # libtpu for tpu7x fails where it cuts the product into pieces of what are themselves pieces.
-            scores = indexer_scores(*jax.lax.optimization_barrier((q, k)), weights)
-            seen = VisibleRange(*(edge - start for edge in visible))
+            start = jnp.clip(low, 0, num_entries - length)
+            before = max((size for size in lengths if size < length), default=0)
+
+            def scored(size: int) -> jax.Array:
+                k = jax.lax.dynamic_slice_in_dim(k_BEH, start, size, axis=1)
+                # libtpu for tpu7x fails where it cuts the product into pieces of what are themselves pieces.
+                scores = indexer_scores(*jax.lax.optimization_barrier((q, k)), weights)
+                return jnp.pad(scores, ((0, 0), (0, 0), (0, length - size)))  # nothing that a query sees
+
+            scores = for_length(high - start, scored_lengths(num_entries, length, before), scored, before)
+            seen = VisibleRange(*(edge - start for edge in edges))
             if selection == "exact":
                 indices = exact_topk(scores, seen, keep)
             else:
                 indices = approximate_topk(scores, seen, keep, recall_target)
             return jnp.where(indices < 0, -1, indices + start)
 
-        return _in_needed_range(VisibleRange(*visible), k_BEH.shape[1], keep, of_range)
+        return for_length(high - low, lengths, of_range)
 
-    per_query = q_BSNH.shape[0] * q_BSNH.shape[2] * k_BEH.shape[1]
+    per_query = q_BSNH.shape[0] * q_BSNH.shape[2] * num_entries
     chunk = max(1, min(query_chunk, q_BSNH.shape[1], MAX_PRODUCTS // max(per_query, 1)))
     parts = (q_BSNH, weights_BSN, *visible)
     chunks = tuple(to_chunks(jax.lax.stop_gradient(part), chunk) for part in parts)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,8 +87,8 @@ def matrix_products(
         elsewhere shapes are those of the whole arrays. Rows of a ragged product count whether or not a group has them,
         zeros of a dilated convolution too.
       args: arrays or `jax.ShapeDtypeStruct`s. A number here is traced; close over the ones that bound a loop.
-      branches: of a `cond` or `switch` whose index is not known, count the "mean" over the branches (as where ranges
-        of causal queries take them equally often) or the costliest ("max").
+      branches: of a `cond` or `switch` whose index is not known, count the "mean" over the branches (as often as
+        `fathom.ops.ranges.taken` says, else all equally often) or the costliest ("max").
       platform: whose branch of a `platform_dependent` counts: "cpu", "tpu", "cuda" or "rocm"; JAX's default backend
         unless given.
       loops: name of a while loop's body -> how often to expect it to run, where that depends on the data; not always
@@ -302,8 +303,8 @@ class _Counter:
         if self.branches == "max":
             return max(found, key=_sum)
         products: Products = collections.Counter()
-        for one in found:
-            products += _times(one, 1 / len(found))
+        for one, share in zip(found, _shares(branches), strict=True):
+            products += _times(one, share)
         return products
 
     def _shard_map(self, eqn: JaxprEqn, inputs: list[Any]) -> Products:
@@ -319,6 +320,14 @@ class _Counter:
                 "from outside; give it a cost_estimate=pl.CostEstimate(...)"
             )
         return _one(eqn, float(estimate.flops))
+
+
+def _shares(branches: Sequence[Any]) -> list[float]:
+    """How often each branch is taken, as `fathom.ops.ranges.taken` names it; equally often without such names."""
+    names = [re.fullmatch(r"taken_(\d+)_of_(\d+)", _open(branch)[0].debug_info.func_name) for branch in branches]
+    if not all(names):
+        return [1 / len(branches)] * len(branches)
+    return [int(name[1]) / int(name[2]) for name in names]
 
 
 class _Merge:

@@ -9,7 +9,9 @@ they come together on a device.
 
 A weight's rows or columns may lie on several devices. Of the many matrices that such a weight stands for (layers,
 experts) each device then fetches some whole, in an all-to-all in the dtype of the iteration, and returns their updates
-the same way: nothing is gathered twice, and no product is made on two devices of a group.
+the same way. Devices of a slice that hold the same weights share the matrices out as well and gather the updates. So
+nothing is fetched twice, and no product is made on two devices of a slice; but where there are fewer matrices than
+devices, some have none.
 
 Letters: N matrices, M rows, K columns.
 """
@@ -28,7 +30,7 @@ import optax
 from flax import nnx
 
 from fathom.layers.param import Matrix
-from fathom.mesh import partition_spec, split_axes, variable_axes
+from fathom.mesh import partition_spec, replica_axes, split_axes, variable_axes
 from fathom.train.state import path_names
 
 FAST, SETTLING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
@@ -88,17 +90,21 @@ def orthogonal(
             f"their sum and whole on every device; it lies on {split.get(along, 'one device')}"
         )
 
+    replicas = replica_axes(axes)
+
     def of_device(update):
         pieces = jnp.split(update, list(itertools.accumulate(matrix.parts))[:-1], axis=along)
-        return jnp.concatenate([_orthogonal_piece(p, matrix, split, rms, dtype) for p in pieces], axis=along)
+        return jnp.concatenate([_orthogonal_piece(p, matrix, split, replicas, rms, dtype) for p in pieces], axis=along)
 
-    if not split:
+    if not split and not replicas:
         return of_device(update)
     spec = partition_spec(axes)
     return jax.shard_map(of_device, in_specs=spec, out_specs=spec)(update)
 
 
-def _orthogonal_piece(piece, matrix: Matrix, split: dict[int, tuple[str, ...]], rms: float, dtype) -> jax.Array:
+def _orthogonal_piece(
+    piece, matrix: Matrix, split: dict[int, tuple[str, ...]], replicas: tuple[str, ...], rms: float, dtype
+) -> jax.Array:
     """`orthogonal` of a device's piece of a weight that holds one matrix for each of its other dimensions."""
     rows, columns = matrix.inputs, matrix.outputs
     many = [i for i in range(-piece.ndim, 0) if i not in rows + columns]
@@ -108,22 +114,35 @@ def _orthogonal_piece(piece, matrix: Matrix, split: dict[int, tuple[str, ...]], 
     # Rows may come in another order than in the whole matrix: what follows treats all alike.
     x_NMK = turned.reshape(sizes).astype(dtype)
     row_axes, column_axes = (tuple(a for i in dims for a in split.get(i, ())) for dims in (rows, columns))
-    x_NMK = _whole_matrices(functools.partial(_hybrid_ns, rms), x_NMK, row_axes, column_axes)
+    x_NMK = _whole_matrices(functools.partial(_hybrid_ns, rms), x_NMK, row_axes, column_axes, replicas)
     back = sorted(range(piece.ndim), key=order.__getitem__)
     return x_NMK.astype(jnp.float32).reshape(turned.shape).transpose(back)
 
 
-def _whole_matrices(function: Callable, x_NMK: jax.Array, row_axes: tuple, column_axes: tuple) -> jax.Array:
-    """`function` of matrices whose rows and columns lie over mesh axes: each device gets some of them whole."""
+def _whole_matrices(
+    function: Callable, x_NMK: jax.Array, row_axes: tuple, column_axes: tuple, replicas: tuple
+) -> jax.Array:
+    """`function` of matrices whose rows and columns lie over mesh axes: each device gets some of them whole.
+
+    `replicas` are mesh axes along which `x_NMK` is equal, and stays so: their devices take different matrices.
+    """
     count = x_NMK.shape[0]
     shards = jax.lax.axis_size((*row_axes, *column_axes)) if row_axes or column_axes else 1
-    x = jnp.pad(x_NMK, ((0, -count % shards), (0, 0), (0, 0)))
+    sharers = jax.lax.axis_size(replicas) if replicas else 1
+    if math.ceil(count / (shards * sharers)) == math.ceil(count / shards):
+        replicas, sharers = (), 1  # no device would have fewer
+    x = jnp.pad(x_NMK, ((0, -count % (shards * sharers)), (0, 0), (0, 0)))
+    if replicas:
+        own = x.shape[0] // sharers
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(replicas) * own, own)
     moves = [(axes, dim) for axes, dim in ((row_axes, 1), (column_axes, 2)) if axes]
     for axes, dim in moves:
         x = jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=dim, tiled=True)
     x = function(x)
     for axes, dim in reversed(moves):
         x = jax.lax.all_to_all(x, axes, split_axis=dim, concat_axis=0, tiled=True)
+    if replicas:
+        x = jax.lax.all_gather(x, replicas, axis=0, tiled=True, to="invarying")
     return x[:count]
 
 
