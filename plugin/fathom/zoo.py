@@ -29,6 +29,39 @@ class ParamCount(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What the products of a train step depend on beside the config.
+
+    Attributes:
+      sequence_length: of a row, one document. stage: the recipe's `train.stage`.
+      passes: how often the products of blocks run forward (`fathom.layers.remat.forward_passes`).
+      tokens: of a row on one device. heads_cut: into how many pieces the mesh cuts the attention's heads.
+      stretch: the recipe's `model.stretch`. dtype: of activations.
+    """
+
+    sequence_length: int
+    stage: str
+    passes: float
+    tokens: int
+    heads_cut: int = 1
+    stretch: int | None = None
+    dtype: str = "bfloat16"
+
+    def attention_passes(self, heads: int, width: int) -> float:
+        """`passes` of the attention: one less where its queries are few enough to be held rather than made again.
+
+        Args:
+          heads, width: of its queries.
+        """
+        import jax.numpy as jnp
+
+        from fathom.ops.chunked_layer import stretch_length
+
+        held = self.stretch or stretch_length(heads // self.heads_cut, width, jnp.dtype(self.dtype))
+        return self.passes - (self.tokens <= held)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Everything the train loop and the checkpoint tools know of a model.
 
@@ -42,6 +75,8 @@ class ModelSpec:
       sharding_presets: name -> rules from logical axis to mesh axes; "default" must be there.
       num_params: config -> ParamCount.
       flops_per_token: (config, sequence length) -> training flops (forward and backward) per token.
+      step_flops: (config, StepShape) -> {purpose: flops per token} of a train step, recomputation and all, which
+        `fathom plan` compares with the program; None where nobody has written it down.
       update_state: (non-Param state, aux, bias_speed) -> new state, applied after each optimizer step; None
         leaves the state alone.
       route: (module, batch) -> {name: int32 [B, ...]}, the experts that learned routers choose, as `loss` takes it
@@ -60,6 +95,7 @@ class ModelSpec:
     sharding_presets: Mapping[str, Rules]
     num_params: Callable[[Any], ParamCount]
     flops_per_token: Callable[[Any, int], float]
+    step_flops: Callable[[Any, StepShape], Mapping[str, float]] | None = None
     update_state: Callable[[Any, dict[str, Any], float], Any] | None = None
     route: Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]] | None = None
     frozen: Callable[[tuple, str], bool] = lambda path, stage: False

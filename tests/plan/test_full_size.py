@@ -22,7 +22,5 @@ def test_fits(name, stage):
     print("\n" + report.to_text(parameters=False))
     assert report.fits
     assert report.parameters == report.formula_parameters
-    # The formula counts attention to what is selected and no loss of the indexers; the program also multiplies what
-    # its masks and blocks hold beside it, and Muon's products.
-    if report.model_flops is not None:
-        assert 0.97 < report.flops / report.model_flops / report.remat_factor < 1.35
+    # Operations against the formulas: test_planner.py, which need not compile.
+    assert report.expected_flops is not None and report.model_flops == report.expected_flops["model"]

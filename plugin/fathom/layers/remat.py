@@ -38,14 +38,15 @@ def remat_unit(step: Callable, policy: str) -> Callable:
     return jax.checkpoint(step, policy=_POLICIES[policy], prevent_cse=False)
 
 
-def forward_passes(policy: str, unit: int = 1) -> float | None:
-    """How often the products of attention and experts run forward in a step: once, once more in the backwards of the
-    two themselves, which keep nothing wide, and as often as the policy has whole blocks made again.
+def forward_passes(policy: str, in_units: float = 0.0) -> float | None:
+    """How often the products of attention and experts run forward in a step, on average over the blocks: once, once
+    more in the backwards of the two themselves, which keep nothing wide, and as often as the policy has whole blocks
+    made again.
 
     Args:
-      unit: blocks of a unit of the repeated ones.
+      in_units: the share of blocks that "unit" has made again with their unit: all of one but its last.
 
     Returns:
       None for policies that keep a part of the products only.
     """
-    return {"none": 2.0, "sublayers": 2.0, "full": 3.0, "unit": 3.0 + (unit - 1) / unit}.get(policy)
+    return {"none": 2.0, "sublayers": 2.0, "full": 3.0, "unit": 3.0 + in_units}.get(policy)

@@ -17,12 +17,16 @@ from typing import Any
 
 import jax
 
-from fathom.mesh import make_mesh, sharding_scope
+from fathom.layers.remat import forward_passes
+from fathom.mesh import active_rules, axis_size, make_mesh, sharding_scope
 from fathom.plan.flops import count_jaxpr
 from fathom.plan.parameters import parameter_rows
 from fathom.recipe import Recipe
 from fathom.topology import parse_topology
+from fathom.train import optimizer
+from fathom.train.muon import muon_flops
 from fathom.train.step import Program, make_program
+from fathom.zoo import StepShape
 
 EXPERT_LOOP = "add_block"
 """Body of the loop over a device's blocks of expert rows; how often it runs depends on the routing."""
@@ -90,7 +94,8 @@ def devices_of(recipe: Recipe, topology: str) -> list[Any]:
 def _write_facts(folder: Path, program: Program, batch: Any, jaxpr: Any, recipe: Recipe) -> None:
     """facts.json: what is known without the compiler."""
     try:
-        facts = step_facts(program, batch, jaxpr, recipe)
+        with sharding_scope(program.mesh, program.rules):
+            facts = step_facts(program, batch, jaxpr, recipe)
     except Exception as error:
         facts = {"problem": f"{type(error).__name__}: {error}"}
     write_whole(folder / "facts.json", facts)
@@ -114,9 +119,42 @@ def step_facts(program: Program, batch: Any, jaxpr: Any, recipe: Recipe) -> dict
         "tokens": tokens,
         "flops": count_jaxpr(jaxpr, platform="tpu", loops={EXPERT_LOOP: 1 / SLACK}),
         "formula_flops": spec.flops_per_token(spec.config, recipe.data.sequence_length) * tokens,
+        "expected_flops": expected_flops(program, recipe),
         "rows": parameter_rows(program, recipe),
         "mesh": {axis: int(size) for axis, size in program.mesh.shape.items()},
     }
+
+
+def expected_flops(program: Program, recipe: Recipe) -> dict[str, float] | None:
+    """What the formulas say that a step multiplies, by purpose; None for models and policies without one.
+
+    Raises:
+      ValueError: outside of the program's `sharding_scope`.
+    """
+    if active_rules() is None:
+        raise ValueError("expected_flops: how a row lies on devices is known inside a sharding_scope only")
+    spec, length = program.spec, recipe.data.sequence_length
+    passes = forward_passes(recipe.model.remat, _in_units(spec.config))
+    if spec.step_flops is None or passes is None:
+        return None
+    shape = StepShape(
+        length, recipe.train.stage, passes, length // axis_size("act_sequence"), axis_size("heads"),
+        recipe.model.stretch, recipe.model.dtype,
+    )  # fmt: skip
+    parts = spec.step_flops(spec.config, shape)
+    found = {name: value * length * recipe.data.batch_size for name, value in parts.items() if value}
+    if recipe.optimizer.name == "muon":
+        trainable, _ = optimizer.split_frozen(spec, program.state.params, recipe.train.parameter_stage)
+        found["Muon"] = muon_flops(trainable)
+    return found
+
+
+def _in_units(config: Any) -> float:
+    """The share of blocks that the policy "unit" has made again with their unit."""
+    plan = getattr(config, "plan", None)
+    if plan is None or not plan.repeats:
+        return 0.0
+    return plan.repeats * (plan.unit - 1) / (config.num_layers + getattr(config, "num_mtp_layers", 0))
 
 
 def _counted_state(model_state: Any) -> int:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fathom.layers.remat import forward_passes
 from fathom.mesh import AXES, across_slices
 from fathom.plan.chip_memory import HeapUse, heap_use
 from fathom.plan.collectives import step_traffic
@@ -101,8 +100,10 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
     use = _use(compiled)
     traffic = step_traffic(compiled.module, facts["mesh"])
     bound = None
-    # The formulas are of sparse attention and of all weights training.
+    # A model's one formula is of sparse attention and of all weights training.
     model_flops = facts["formula_flops"] if recipe.train.stage == "sparse" else None
+    if facts["expected_flops"] is not None:
+        model_flops = facts["expected_flops"]["model"]
     if slice_ is not None:
         sizes = tuple(facts["mesh"][axis] for axis in AXES)
         bound = step_bound(
@@ -132,7 +133,7 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
         flops=facts["flops"],
         model_flops=model_flops,
         remat=recipe.model.remat,
-        remat_factor=remat_factor(recipe),
+        expected_flops=facts["expected_flops"],
         traffic=tuple(traffic),
         bound=bound,
         rows_of_parameters=tuple(facts["rows"]),
@@ -147,15 +148,6 @@ def _use(compiled: Compiled) -> HeapUse:
     sizes = compiled.sizes or {}
     outputs = sizes["output"] - sizes["alias"]
     return HeapUse(sizes["argument"], sizes["temp"], outputs, 0, 0, sizes["temp"], 0, ())
-
-
-def remat_factor(recipe: Recipe) -> float | None:
-    """What recomputation makes of the model's formula: (backward's two passes + the forward's) / 3, None where a policy
-    keeps a part of the products only."""
-    config = recipe.model_spec().config
-    plan_ = getattr(config, "plan", None)
-    passes = forward_passes(recipe.model.remat, getattr(plan_, "unit", 1) or 1)
-    return None if passes is None else (2.0 + passes) / 3.0
 
 
 CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -35,10 +35,9 @@ class PlanReport:
         compiler lets a program use, None for a CPU. fits: whether the compiler takes it.
       largest: the largest buffers when most memory is used. parameters: of the model, as the program holds them;
         formula_parameters: by the config. flops: of the program's matrix products in a step, loops counted as often as
-        they run; model_flops: by the model's formula, without recomputation, None for stages other than "sparse", which
-        it does not know. tokens: of a step.
-      remat: the recipe's policy; remat_factor: what it makes of the formula (`fathom.layers.remat.forward_passes`),
-        None where that is not known.
+        they run; expected_flops: what formulas say that they are, by purpose, "again" being recomputation, None for
+        models and policies without them; model_flops: those of the model alone, None where the stage's are not known.
+        tokens: of a step. remat: the recipe's policy.
       traffic: collectives of one device. bound: None for a CPU. rows_of_parameters: see `fathom.plan.parameters`.
       seconds: to trace and compile. codegen: whether machine code was written too.
       advice: changes that were tried because it does not fit, with what they come to. largest_fit: of `--fit`.
@@ -64,7 +63,7 @@ class PlanReport:
     flops: float
     model_flops: float | None
     remat: str
-    remat_factor: float | None
+    expected_flops: dict[str, float] | None
     traffic: tuple[Traffic, ...]
     bound: Bound | None
     rows_of_parameters: tuple[dict[str, Any], ...]
@@ -130,8 +129,10 @@ class PlanReport:
         operations = f"operations {self.flops:.4g} a step, {self.flops / self.tokens:.4g} a token"
         if self.model_flops is not None:
             operations += f": {self.flops / self.model_flops:.3f} x the model's formula"
-            if self.remat_factor is not None:
-                operations += f"; remat {self.remat!r} makes {self.remat_factor:.3f} of it"
+        if self.expected_flops is not None:
+            whole = sum(self.expected_flops.values())
+            parts = ", ".join(f"{name} {value / whole:.1%}" for name, value in self.expected_flops.items())
+            operations += f"\n  {self.flops / whole:.3f} x what formulas say it multiplies ({parts})"
         lines = [
             f"parameters {self.parameters:,} (the config's formula: {self.formula_parameters:,})",
             operations,

@@ -42,13 +42,30 @@ Path = tuple[str, ...]
 
 def matrices_of(params: nnx.State) -> dict[Path, tuple[Matrix, tuple[str | None, ...]]]:
     """(matrix, logical axes) of every weight that declares one, by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable))
     found = {}
-    for path, variable in leaves:
+    for path, variable in _variables(params):
         matrix = variable.get_metadata().get("matrix")
         if matrix is not None:
             found[path_names(path)] = (matrix, variable_axes(variable) or (None,) * variable.get_value().ndim)
     return found
+
+
+def muon_flops(params: nnx.State) -> float:
+    """What one update of these weights multiplies: each matrix once, ten times X X^T, its square, and their sum X."""
+    shapes = {path_names(path): v.get_value().shape for path, v in _variables(params)}
+    total = 0.0
+    for path, (matrix, _) in matrices_of(params).items():
+        rows, columns = (math.prod(shapes[path][i] for i in dims) for dims in (matrix.inputs, matrix.outputs))
+        along = shapes[path][matrix.outputs[-1]]
+        for part in matrix.parts or (along,):
+            short, long = sorted((rows, columns * part // along))
+            count = math.prod(shapes[path]) // (rows * columns)
+            total += count * len(COEFFICIENTS) * (4.0 * short**2 * long + 2.0 * short**3)
+    return total
+
+
+def _variables(params: nnx.State) -> list[tuple[Any, nnx.Variable]]:
+    return jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: isinstance(node, nnx.Variable))[0]
 
 
 def scale_by_hybrid_muon(params: nnx.State, block: Any) -> optax.GradientTransformation:

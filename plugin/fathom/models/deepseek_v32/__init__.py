@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fathom.models.deepseek_v32.config import DeepseekV32Config
-from fathom.models.deepseek_v32.formulas import flops_per_token, num_params
+from fathom.models.deepseek_v32.formulas import flops_per_token, num_params, step_flops
 from fathom.models.deepseek_v32.hf_mapping import hub_copies, hub_pieces, hub_tensors
 from fathom.models.deepseek_v32.sharding import PRESETS
 from fathom.models.training import frozen, loss, route, update_state
@@ -38,6 +38,7 @@ def make_spec(name: str, config: DeepseekV32Config) -> ModelSpec:
         sharding_presets=PRESETS,
         num_params=num_params,
         flops_per_token=flops_per_token,
+        step_flops=step_flops,
         update_state=update_state,
         route=route,
         frozen=frozen,

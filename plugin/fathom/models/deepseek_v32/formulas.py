@@ -7,9 +7,11 @@ length.
 
 from __future__ import annotations
 
+import dataclasses
+
 from fathom.models.config_parts import visible_entries
 from fathom.models.deepseek_v32.config import DeepseekV32Config
-from fathom.zoo import ParamCount
+from fathom.zoo import ParamCount, StepShape
 
 
 def attention_weights(config: DeepseekV32Config) -> int:
@@ -116,3 +118,48 @@ def flops_per_token(config: DeepseekV32Config, seq_len: int) -> float:
     mtp = 4.0 * c.hidden_size**2 + _block_flops(c, "moe", seq_len) + head
     indexers = (c.num_layers + c.num_mtp_layers) * indexer_flops(c, seq_len)
     return 3.0 * (forward + c.num_mtp_layers * mtp) + indexers
+
+
+def step_flops(config: DeepseekV32Config, shape: StepShape) -> dict[str, float]:
+    """What a train step multiplies per token, by purpose.
+
+    "model" is `flops_per_token`, in the stage "dense" with attention to all that is visible and without indexers, in
+    "indexer-warmup" the forward alone. "latents" is what attention to selected tokens multiplies more in the absorbed
+    form, which reads latents that no head needs expanded: 2*N*(2*R+P) for each instead of 2*N*(H+P+V). "indexer loss"
+    and "again" are those of V4 (`fathom.models.deepseek_v4.formulas.step_flops`); experts and dense MLPs, with which a
+    block ends, are made again by their own backwards only.
+
+    Raises:
+      ValueError: as `flops_per_token`.
+    """
+    c, seq_len, stage, passes = config, shape.sequence_length, shape.stage, shape.passes
+    if stage != "sparse":
+        c = dataclasses.replace(c, index_top_k=max(seq_len, c.index_top_k))
+    layers = c.num_layers + c.num_mtp_layers
+    seen = visible_entries(seq_len, 1, c.index_top_k)
+    heads = (1 + c.num_mtp_layers) * 2.0 * c.vocab_size * c.hidden_size
+    blocks = sum(_block_flops(c, kind, seq_len) for kind in (*c.ffn_kinds, *["moe"] * c.num_mtp_layers))
+    blocks += c.num_mtp_layers * 4.0 * c.hidden_size**2
+    attention = layers * (2.0 * attention_weights(c) + attention_flops(c, seq_len))
+    absorbed = seq_len > c.index_top_k
+    latents = 0.0
+    if absorbed:
+        latents = layers * (2.0 * c.num_heads * (2 * c.kv_lora_rank + c.rope_head_dim) * seen)
+        latents -= layers * attention_flops(c, seq_len)
+    channels = (c.kv_lora_rank if absorbed else c.nope_head_dim) + c.rope_head_dim
+    targets = layers * 2.0 * c.num_heads * channels * seen
+    scores = layers * 2.0 * c.index_num_heads * c.index_head_dim * seen
+    loss = targets + 3 * scores + layers * 2.0 * indexer_weights(c) * (1 if stage == "sparse" else 2)
+    if stage == "indexer-warmup":
+        return {"model": blocks + heads, "latents": latents, "indexer loss": loss, "again": targets + scores}
+    chosen = layers * indexer_flops(c, seq_len) if stage == "sparse" else 0.0
+    again = min(passes, 2.0) * (blocks - attention) - (blocks - attention)
+    again += (passes - 1) * (attention + latents) + heads + max(0.0, passes - 2) * chosen
+    if stage == "dense":
+        return {"model": 3.0 * (blocks + heads), "latents": 3.0 * latents, "again": again}
+    return {
+        "model": 3.0 * (blocks + heads) + chosen,
+        "latents": 3.0 * latents,
+        "indexer loss": loss,
+        "again": again + targets + scores,
+    }

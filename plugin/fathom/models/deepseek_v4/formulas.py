@@ -7,9 +7,11 @@ sequence length.
 
 from __future__ import annotations
 
+import dataclasses
+
 from fathom.models.config_parts import visible_entries
 from fathom.models.deepseek_v4.config import DeepseekV4Config
-from fathom.zoo import ParamCount
+from fathom.zoo import ParamCount, StepShape
 
 
 def attention_weights(config: DeepseekV4Config) -> int:
@@ -161,3 +163,43 @@ def flops_per_token(config: DeepseekV4Config, seq_len: int) -> float:
             indexers += indexer_flops(c, ratio, seq_len)
     mtp = 2.0 * (1 + n) * c.hidden_size**2 + _block_flops(c, "sliding", 0, seq_len) + head
     return 3.0 * (forward + c.num_mtp_layers * mtp) + indexers
+
+
+def step_flops(config: DeepseekV4Config, shape: StepShape) -> dict[str, float]:
+    """What a train step multiplies per token, by purpose.
+
+    "model" is `flops_per_token`, in the stage "dense" with attention to all that is visible and without indexers, in
+    "indexer-warmup" the forward alone. "indexer loss" is the targets' product, the scores forward and twice backward,
+    and the gradients of the indexers' weights, which alone train there. "again" is what is made again for the
+    backward: blocks as told, heads, targets and scores once, and the choice of entries with its block.
+
+    Raises:
+      ValueError: as `flops_per_token`.
+    """
+    c, n, seq_len, stage, passes = config, config.hc_mult, shape.sequence_length, shape.stage, shape.passes
+    attention_passes = shape.attention_passes(c.num_heads, c.head_dim)
+    if stage != "sparse":
+        c = dataclasses.replace(c, index_top_k=max(seq_len, c.index_top_k))
+    kinds = [(kind, ratio) for kind, ratio, _ in c.layer_kinds] + [("sliding", 0)] * c.num_mtp_layers
+    heads = (1 + c.num_mtp_layers) * 2.0 * c.hidden_size * (c.vocab_size + n * n + n)
+    blocks = sum(_block_flops(c, kind, ratio, seq_len) for kind, ratio in kinds)
+    blocks += c.num_mtp_layers * 2.0 * (1 + n) * c.hidden_size**2
+    attention = sum(attention_flops(c, kind, ratio, seq_len) for kind, ratio in kinds)
+    attention += len(kinds) * 2.0 * attention_weights(c)
+    chosen = loss = loss_again = 0.0
+    for ratio in (ratio for kind, ratio in kinds if kind == "csa" and stage != "dense"):
+        seen = visible_entries(seq_len, ratio, c.index_top_k)
+        targets = 2.0 * c.num_heads * c.head_dim * seen
+        scores = 2.0 * c.index_num_heads * c.index_head_dim * seen
+        weights = 2.0 * indexer_weights(c)
+        chosen += indexer_flops(c, ratio, seq_len)
+        loss += targets + 3 * scores + weights * (1 if stage == "sparse" else 2)
+        loss_again += targets + scores
+    if stage == "indexer-warmup":
+        return {"model": blocks + heads, "indexer loss": loss, "again": loss_again}
+    again = (passes - 1) * (blocks - attention) + (attention_passes - 1) * attention + heads + loss_again
+    return {
+        "model": 3.0 * (blocks + heads) + chosen,
+        "indexer loss": loss,
+        "again": again + max(0.0, passes - 2) * chosen,
+    }
