@@ -43,7 +43,7 @@ SMALL = {
 }
 
 
-QUICK = ("v4-flash-64k-v5p", "v32-128k-v5p")
+QUICK = ("v4-flash-sft-32k-v5p", "v32-128k-v5p")
 """Traced in the suite; the others with -m slow."""
 
 

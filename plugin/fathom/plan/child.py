@@ -135,7 +135,7 @@ def expected_flops(program: Program, recipe: Recipe) -> dict[str, float] | None:
         raise ValueError("expected_flops: how a row lies on devices is known inside a sharding_scope only")
     spec, length = program.spec, recipe.data.sequence_length
     passes = forward_passes(recipe.model.remat, _in_units(spec.config))
-    if spec.step_flops is None or passes is None:
+    if spec.step_flops is None or passes is None or recipe.model.remat == "none":
         return None
     shape = StepShape(
         length, recipe.train.stage, passes, length // axis_size("act_sequence"), axis_size("heads"),
