@@ -47,20 +47,6 @@ class StepShape:
     stretch: int | None = None
     dtype: str = "bfloat16"
 
-    def attention_passes(self, heads: int, width: int) -> float:
-        """`passes` of the attention: one less, but two at least, where its queries are few enough to be held within a
-        block's backward, which has to make them again then.
-
-        Args:
-          heads, width: of its queries.
-        """
-        import jax.numpy as jnp
-
-        from fathom.ops.chunked_layer import stretch_length
-
-        held = self.stretch or stretch_length(heads // self.heads_cut, width, jnp.dtype(self.dtype))
-        return self.passes if self.tokens > held else max(2.0, self.passes - 1)
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from fathom.models.config_parts import visible_entries
 from fathom.models.deepseek_v4.config import DeepseekV4Config
+from fathom.ops.chunked_layer import stretch_length
 from fathom.zoo import ParamCount, StepShape
 
 
@@ -177,7 +180,9 @@ def step_flops(config: DeepseekV4Config, shape: StepShape) -> dict[str, float]:
       ValueError: as `flops_per_token`.
     """
     c, n, seq_len, stage, passes = config, config.hc_mult, shape.sequence_length, shape.stage, shape.passes
-    attention_passes = shape.attention_passes(c.num_heads, c.head_dim)
+    held = shape.stretch or stretch_length(c.num_heads // shape.heads_cut, c.head_dim, jnp.dtype(shape.dtype))
+    # Few enough queries are held within a block's backward, which has to make them again then; others always are.
+    attention_passes = passes if shape.tokens > held else max(2.0, passes - 1)
     if stage != "sparse":
         c = dataclasses.replace(c, index_top_k=max(seq_len, c.index_top_k))
     kinds = [(kind, ratio) for kind, ratio, _ in c.layer_kinds] + [("sliding", 0)] * c.num_mtp_layers
