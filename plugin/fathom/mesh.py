@@ -75,7 +75,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if slices == 1:
         try:
             return jax.make_mesh(sizes, AXES, axis_types=auto, devices=devices)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # no whole axes of the torus fit
             _tell_of_split_axes(sizes, error)
             laid_out = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
             return Mesh(laid_out, AXES, axis_types=auto)
@@ -83,7 +83,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     inside = tuple(size // n for size, n in zip(sizes, across, strict=True))
     try:
         laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # the same within each slice
         _tell_of_split_axes(inside, error)
         laid_out = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(laid_out, AXES, axis_types=auto)
@@ -114,6 +114,11 @@ def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
         across.append(math.gcd(size, left))
         left //= across[-1]
     return tuple(across)
+
+
+def axes_across_slices(names: Sequence[str], sizes: Sequence[int], slices: int) -> tuple[str, ...]:
+    """The axes that span more than one slice."""
+    return tuple(name for name, n in zip(names, across_slices(sizes, slices), strict=True) if n > 1)
 
 
 def simulate_devices(count: int) -> None:
@@ -176,8 +181,7 @@ def sharding_scope(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     slow = ()
     if isinstance(mesh, Mesh):
         sizes = tuple(mesh.shape.values())
-        across = across_slices(sizes, _slice_count(list(mesh.devices.flat)))
-        slow = tuple(axis for axis, slices in zip(mesh.axis_names, across, strict=True) if slices > 1)
+        slow = axes_across_slices(mesh.axis_names, sizes, _slice_count(list(mesh.devices.flat)))
     tokens = _active_rules.set(rules), _slow_axes.set(slow)
     set_mesh = (
         jax.sharding.use_abstract_mesh(mesh)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fathom.ops.attention_chunk import ChunkGradients, Made, Part, attend, attend_backward, finite_keys
 from fathom.ops.platform import program_platform
+from fathom.ops.ranges import seen_range
 from fathom.ops.selection import Selection, VisibleRange
 
 LENGTHS = {"cpu": 12}
@@ -44,10 +45,7 @@ def prepare(rows_BTH: jax.Array) -> MaskedRows:
 def needed_range(selection: Selection, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """First row that any query sees and one past the last, over all rows of the batch; (num_rows, 0) if none."""
     if isinstance(selection, VisibleRange):
-        begin, end = selection
-        begin, end = jnp.maximum(begin, 0), jnp.minimum(end, num_rows)
-        sees = end > begin
-        return jnp.where(sees, begin, num_rows).min(), jnp.where(sees, end, 0).max()
+        return seen_range(selection, num_rows)
     index = selection.indices_BSK
     sees = (index >= 0) & (index < num_rows)
     return jnp.where(sees, index, num_rows).min(), jnp.where(sees, index + 1, 0).max()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fathom.mesh import AXES, across_slices
+from fathom.mesh import AXES, axes_across_slices
 from fathom.plan.chip_memory import HeapUse, heap_use
 from fathom.plan.collectives import step_traffic
 from fathom.plan.compiler import Compiled, PlanError, compile_step
@@ -108,7 +108,7 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
         sizes = tuple(facts["mesh"][axis] for axis in AXES)
         bound = step_bound(
             slice_, facts["mesh"], facts["flops"], model_flops, traffic, facts["optimizer"],
-            frozenset(axis for axis, n in zip(AXES, across_slices(sizes, slice_.slices), strict=True) if n > 1),
+            frozenset(axes_across_slices(AXES, sizes, slice_.slices)),
         )  # fmt: skip
     devices = math.prod(facts["mesh"].values())
     limit = slice_.generation.hbm_bytes if slice_ else None

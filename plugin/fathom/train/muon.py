@@ -10,8 +10,8 @@ they come together on a device.
 A weight's rows or columns may lie on several devices. Of the many matrices that such a weight stands for (layers,
 experts) each device then fetches some whole, in an all-to-all in the dtype of the iteration, and returns their updates
 the same way. Devices of a slice that hold the same weights share the matrices out as well and gather the updates. So
-nothing is fetched twice, and no product is made on two devices of a slice; but where there are fewer matrices than
-devices, some have none.
+nothing is fetched twice, and no product is made on two devices of a slice where that leaves any of them fewer; of
+fewer matrices than devices some have none.
 
 Letters: N matrices, M rows, K columns.
 """
