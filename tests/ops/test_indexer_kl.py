@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fathom.ops import indexer
 from fathom.ops import indexer_kl as module
 from fathom.ops.indexer import indexer_topk
 from fathom.ops.indexer_kl import Teacher, indexer_kl
 from fathom.ops.selection import Selected, VisibleRange
+from fathom.plan.flops import count_flops
 
 B, S, E, N, H, I, J, K = 2, 45, 11, 3, 16, 4, 8, 5  # noqa: E741
 SCALE = H**-0.5
@@ -73,16 +75,27 @@ def selected(index, visible) -> Selected:
     return Selected(indexer_topk(*index, visible, K))
 
 
-@pytest.mark.parametrize("stage", ["all visible", "selected"])
+def some_lengths(monkeypatch):
+    """Ranges of 3, 6, 9 and 11 entries."""
+    monkeypatch.setattr(indexer, "SCORED", 4)
+    monkeypatch.setattr(indexer, "SCORED_SHORTEST", 2)
+    assert indexer.scored_lengths(E, E, 0) == [3, 6, 9, 11]
+
+
+@pytest.mark.parametrize("stage", ["all visible", "in ranges", "selected"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_values_and_gradients_are_the_formulas(seed, stage):
+def test_values_and_gradients_are_the_formulas(seed, stage, monkeypatch):
     index, teacher, visible = make(seed)
-    selection = visible if stage == "all visible" else selected(index, visible)
+    selection = selected(index, visible) if stage == "selected" else visible
+    chunk = 16
+    if stage == "in ranges":
+        some_lengths(monkeypatch)
+        chunk = 4
     expected, gradients = plain(index, teacher, mask_of(selection))
     assert (expected[:, 7:29] > 0).all() and (expected[:, :3] == 0).all()  # nothing is visible before the first entry
-    assert mask_of(selection).sum(-1).max() == (8 if stage == "all visible" else K)
-    total = lambda *index: indexer_kl(*index, teacher, selection, query_chunk=16).sum()  # noqa: E731
-    found = indexer_kl(*index, teacher, selection, query_chunk=16)
+    assert mask_of(selection).sum(-1).max() == (K if stage == "selected" else 8)
+    total = lambda *index: indexer_kl(*index, teacher, selection, query_chunk=chunk).sum()  # noqa: E731
+    found = indexer_kl(*index, teacher, selection, query_chunk=chunk)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     for mine, exact in zip(jax.grad(total, argnums=(0, 1, 2))(*index), gradients, strict=True):
         assert np.linalg.norm(np.asarray(mine) - exact) < 1e-5 * np.linalg.norm(exact)
@@ -121,9 +134,10 @@ def test_a_head_that_sees_nothing_and_rows_without_entries():
     assert none.shape == (B, S) and not none.any()
 
 
-@pytest.mark.parametrize("stage", ["all visible", "selected"])
-def test_memory_grows_with_the_length_not_with_its_square(stage):
+@pytest.mark.parametrize("stage", ["all visible", "in ranges", "selected"])
+def test_memory_grows_with_the_length_not_with_its_square(stage, monkeypatch):
     """Compiled temporaries of forward and backward at 4,096 and 8,192 tokens, entries of four tokens."""
+    monkeypatch.setattr(indexer, "SCORED_SHORTEST", 128 if stage == "in ranges" else 1 << 20)
 
     def temporaries(length: int) -> int:
         def f32(*shape):
@@ -136,11 +150,32 @@ def test_memory_grows_with_the_length_not_with_its_square(stage):
         attention = f32(1, length, N, H), f32(1, entries, H), f32(1, length, N)
 
         def loss(index, attention, *selection):
-            kind = VisibleRange if stage == "all visible" else Selected
+            kind = Selected if stage == "selected" else VisibleRange
             return indexer_kl(*index, Teacher(*attention, SCALE), kind(*selection)).sum()
 
-        selection = (seen, seen) if stage == "all visible" else (listed,)
+        selection = (listed,) if stage == "selected" else (seen, seen)
         compiled = jax.jit(jax.grad(loss)).lower(index, attention, *selection).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192) < 2.2 * temporaries(4096)
+
+
+def test_chunks_are_scored_up_to_what_they_see():
+    """Operations of forward and backward of a causal row, as `fathom plan` counts them: a sixteenth above the need."""
+    length, entries = 65536, 16384
+
+    def f32(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    index = f32(1, length, I, J), f32(1, entries, J), f32(1, length, I)
+    attention = f32(1, length, N, H), f32(1, entries, H), f32(1, length, N)
+    end = jnp.arange(length, dtype=jnp.int32)[None] // 4
+
+    def loss(index, attention):
+        return indexer_kl(*index, Teacher(*attention, SCALE), VisibleRange(jnp.zeros_like(end), end)).sum()
+
+    seen = entries * length / 2
+    targets, scores, weighted = (2.0 * n * seen for n in (N * H, I * J, I))
+    counted = count_flops(jax.grad(loss), index, attention)
+    # The forward of the loss itself is of no use to the gradients; the backward makes targets and scores for itself.
+    assert counted == pytest.approx((1 + 1 / 16) * (targets + 3 * scores + 3 * weighted), rel=0.01)

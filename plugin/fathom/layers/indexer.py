@@ -244,5 +244,9 @@ class BaseIndexer(nnx.Module):
             chunk = self.options.query_chunk or INDEX_CHUNK
             return indexer_kl(q, choice.k_BEH, weights, attention, selection, query_chunk=chunk)
 
-        constants = x_BSD, qr_BSR, self.tables(inputs), teacher.lse_BSN, choice.selection, teacher.inputs
+        lse = teacher.lse_BSN
+        if self.options.stage == "indexer-warmup":
+            # Nothing but the indexers is differentiated there, and the attention names nothing for a policy to keep.
+            lse = checkpoint_name(lse, "attention")
+        constants = x_BSD, qr_BSR, self.tables(inputs), lse, choice.selection, teacher.inputs
         return map_chunks(of_stretch, jax.lax.stop_gradient(constants), place.stretch).sum()

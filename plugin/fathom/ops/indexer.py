@@ -25,7 +25,7 @@ LENGTHS = {"cpu": 8}
 long over, and a CPU's does not."""
 SHORTEST = {"cpu": 256}
 """The fewest entries of the shortest range where it is not 1,024."""
-SCORED, SCORED_SHORTEST = 16, 1024
+SCORED, SCORED_SHORTEST = 32, 1024
 """Products alone compile quickly: how many lengths at most, and the fewest entries of the shortest."""
 
 

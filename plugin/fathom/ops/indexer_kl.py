@@ -11,14 +11,17 @@ width, K selected entries.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fathom.ops.chunks import from_chunks, to_chunks
-from fathom.ops.indexer import indexer_scores
+from fathom.ops.indexer import indexer_scores, scored_lengths
 from fathom.ops.precision import precision_of
+from fathom.ops.ranges import for_length, seen_range
 from fathom.ops.selection import MASKED, Selected, VisibleRange
 
 MAX_SCORES = 1 << 24
@@ -55,19 +58,59 @@ def _row_loss(scores_BCE: jax.Array, p_BCE: jax.Array, mask_BCE: jax.Array) -> j
     return jnp.where(target > 0, target * (log_target - log_q), 0.0).sum(axis=-1)
 
 
-def _all_entries(
-    index: tuple, k_BEJ: jax.Array, teacher: Teacher, seen: VisibleRange
-) -> jax.Array:
+def _all_entries(index: tuple, k_BEJ: jax.Array, teacher: Teacher, seen: VisibleRange) -> jax.Array:
     """A chunk's loss over every visible entry."""
     q_BCIJ, weights_BCI = index
-    tq_BCNH, keys_BEH = teacher.q_BSNH, teacher.keys_BEH
-    entry = jnp.arange(k_BEJ.shape[1])
+    return _ranged((teacher.scale, teacher.head_axes), q_BCIJ, k_BEJ, weights_BCI, teacher[:3], seen)
+
+
+def _of_range(how: tuple, start: jax.Array, size: int, arrays: tuple, teacher: tuple, seen: VisibleRange) -> jax.Array:
+    """The loss over those of the entries [start, start + size) that are visible."""
+    q_BCIJ, k_BEJ, weights_BCI = arrays
+    tq_BCNH, keys_BEH, lse_BCN = teacher
+    k_BEJ, keys_BEH = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k_BEJ, keys_BEH))
+    entry = start + jnp.arange(size)
     mask = (entry >= seen.begin_BS[..., None]) & (entry < seen.end_BS[..., None])
     attention = jnp.einsum(
         "bcnh,beh->bcne", tq_BCNH, keys_BEH, precision=precision_of(tq_BCNH), preferred_element_type=jnp.float32
     )
-    p = _sum_of_heads(attention * teacher.scale, mask, teacher)
+    scale, head_axes = how
+    p = _sum_of_heads(attention * scale, mask, lse_BCN, head_axes)
     return _row_loss(indexer_scores(q_BCIJ, k_BEJ, weights_BCI), p, mask)
+
+
+def _for_seen(num_entries: int, seen: VisibleRange, run: Callable) -> Any:
+    """run(start, size) of the shortest of a few ranges that holds what the chunk sees."""
+    low, high = seen_range(seen, num_entries)
+
+    def sized(size: int) -> Any:
+        return run(jnp.clip(low, 0, num_entries - size), size)
+
+    return for_length(high - low, scored_lengths(num_entries, num_entries, 0), sized)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ranged(how, q_BCIJ, k_BEJ, weights_BCI, teacher, seen):
+    arrays = q_BCIJ, k_BEJ, weights_BCI
+    return _for_seen(k_BEJ.shape[1], seen, lambda *span: _of_range(how, *span, arrays, teacher, seen))
+
+
+def _ranged_forward(how, *args):
+    return _ranged(how, *args), args
+
+
+def _ranged_backward(how, residuals, dloss_BC):
+    """By hand only so far that a range is chosen once more: JAX would keep what each range's backward may need."""
+    *arrays, teacher, seen = residuals
+
+    def run(start, size):
+        _, pull = jax.vjp(lambda *arrays: _of_range(how, start, size, arrays, teacher, seen), *arrays)
+        return pull(dloss_BC)
+
+    return *_for_seen(arrays[1].shape[1], seen, run), None, None
+
+
+_ranged.defvjp(_ranged_forward, _ranged_backward)
 
 
 def _listed_entries(
@@ -95,20 +138,23 @@ def _listed_entries(
     )
     weights = weights_BCI.astype(jnp.float32)
     scores = jnp.einsum("bcik,bci->bck", jax.nn.relu(products), weights, precision=precision_of(weights))
-    return _row_loss(scores, _sum_of_heads(attention * teacher.scale, mask, teacher), mask)
+    p = _sum_of_heads(attention * teacher.scale, mask, teacher.lse_BSN, teacher.head_axes)
+    return _row_loss(scores, p, mask)
 
 
-def _sum_of_heads(scores_BCNE: jax.Array, mask_BCE: jax.Array, teacher: Teacher) -> jax.Array:
+def _sum_of_heads(
+    scores_BCNE: jax.Array, mask_BCE: jax.Array, lse_BCN: jax.Array, head_axes: tuple[str, ...]
+) -> jax.Array:
     """sum_n exp(score - lse) [B, C, E] up to a factor per query, which the normalisation cancels: the largest term is
     1, so that window or sink may hold all but nothing of the weight. A head without a finite lse adds nothing.
     """
-    lse = jnp.where(jnp.isfinite(teacher.lse_BSN), teacher.lse_BSN, -MASKED)[..., None]
+    lse = jnp.where(jnp.isfinite(lse_BCN), lse_BCN, -MASKED)[..., None]
     logs = jnp.where(mask_BCE[:, :, None], scores_BCNE - lse, MASKED)
     peak = logs.max(axis=(2, 3), keepdims=True)
-    if teacher.head_axes:
-        peak = jax.lax.pmax(peak, teacher.head_axes)
+    if head_axes:
+        peak = jax.lax.pmax(peak, head_axes)
     total = jnp.exp(logs - jnp.where(peak > MASKED, peak, 0.0)).sum(axis=2)
-    return jax.lax.psum(total, teacher.head_axes) if teacher.head_axes else total
+    return jax.lax.psum(total, head_axes) if head_axes else total
 
 
 def indexer_kl(
