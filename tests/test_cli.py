@@ -106,7 +106,7 @@ def test_train_gives_the_loop_the_recipe_with_overrides(monkeypatch, recipe_file
     ("outcome", "code", "words"),
     [
         (loop.TrainResult(3, {}, "/c", preempted=True), 3, "stopped early, saved at step 3"),
-        (loop.NonFiniteError("step 4: loss nan"), 1, "step 4: loss nan"),
+        (loop.NonFiniteError("step 4: loss nan"), 5, "step 4: loss nan"),
         (OSError("disk full"), 1, "disk full"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -1,8 +1,9 @@
 """The command line: fathom train | plan | launch | convert | logits | inspect | doctor.
 
 Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption after a complete
-save, 4 ended by the watchdog (train.watchdog) for standing still, 130 interrupted. jax and the rest are
-imported by the command that needs them: `--help` answers at once.
+save, 4 ended by the watchdog (train.watchdog) for standing still, 5 diverged (not finite, or too many
+spikes of the loss: the same start would end the same), 130 interrupted. jax and the rest are imported by
+the command that needs them: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def describe_error(error: Exception) -> tuple[int, str]:
     # bugs: name the kind, and keep to one line.
     ours = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("fathom")
     if ours and text:
-        return FAILED, text
+        return getattr(error, "exit_code", FAILED), text
     first = text.splitlines()[0] if text else "no message"
     return FAILED, f"{type(error).__name__}: {first} (--debug shows where)"
 

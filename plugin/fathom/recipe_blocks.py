@@ -163,6 +163,7 @@ class OptimizerBlock(Block):
 
     `momentum_dtype` is the storage of first moments; second moments are float32. `muon_dtype` is that of Muon's
     products, `muon_rms` the root mean square of its updates at a learning rate of 1. b1, b2 and eps are AdamW's.
+    Norms, biases, scales and sinks decay with `decay_all` only, as the V4 report has it.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -179,6 +180,7 @@ class OptimizerBlock(Block):
     muon_rms: float = Field(0.18, gt=0)
     muon_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_decay: float = Field(0.1, ge=0)
+    decay_all: bool = False
     clip_norm: float | None = Field(1.0, gt=0)
 
 
@@ -216,7 +218,8 @@ class SpikeBlock(Block):
 
     A step's loss is a spike when it lies above the median of the last `window` losses by more than `factor` times their
     spread (1.4826 times the median absolute deviation, the standard deviation of a normal distribution, and no less
-    than a thousandth of the median). It takes `window` losses of a stage until one can be a spike. The run then goes
+    than a thousandth of the median); so is one that is not finite, beyond what `train.skip_nonfinite` lets pass. It
+    takes `window` losses of a stage until one can be a spike. The run then goes
     back to the newest checkpoint, and on from there with the data after the spike: what was read between the two, the
     spike's own batch included, is skipped, and the metrics of these steps are those of the new ones. The checkpoint is
     from before the spike, but may be from after its cause: after `max_rollbacks` the next spike ends the run. All this
@@ -231,9 +234,9 @@ class SpikeBlock(Block):
 class AnticipationBlock(Block):
     """Anticipatory routing: experts chosen by the parameters of `delay` steps before (`fathom.train.anticipation`).
 
-    In all steps with `always`; with `after_spike` in so many steps after each rollback that a spike caused, none of
-    them without one (the paper's way). It costs a forward pass for each of these steps, and the program of the step is
-    compiled for both ways of routing. An interrupted run is then no longer bit for bit one that was not.
+    In all steps with `always`; with `after_spike` from each rollback that a spike caused to so many steps after the
+    spike's own, in none without one (the paper's way). It costs a forward pass for each of these steps, and the program
+    of the step is compiled for both ways of routing. An interrupted run is then no longer bit for bit one that was not.
     """
 
     delay: int = Field(1, ge=1)
@@ -265,13 +268,16 @@ class TrainBlock(Block):
 
     Stages: "dense" attends to everything visible and leaves the indexer alone; "indexer-warmup" does too, and trains
     the indexer and nothing else; "sparse" attends to what the indexer selects and trains all, the indexer by its own
-    loss (`indexer_weight`; 0 leaves it as it is). What a stage does not train has no place in the optimizer.
+    loss (`indexer_weight`; 0 leaves it as it is). What a stage does not train has no place in the optimizer, but for
+    its moments where the stage holds them: `hold_moments`, which `fathom.recipe_stages` sets for a stage between two
+    that train what it does not, unless told.
     """
 
     steps: int = Field(ge=1)
     seed: int = Field(0, ge=0)
     accumulation: int = Field(1, ge=1)
     stage: Literal[STAGES] = "sparse"
+    hold_moments: bool | None = None
     mtp_weight: float = Field(0.3, ge=0)
     mtp_weight_final: float | None = Field(None, ge=0)
     balance_weight: float = Field(1e-4, ge=0)
@@ -318,12 +324,22 @@ class WandbBlock(Block):
     name: str | None = None
 
 
+LOCAL_FOLDER = "a folder of a mounted file system; for checkpoints alone checkpoint.directory may be a bucket's"
+
+
 class MetricsBlock(Block):
     """The run folder (runs/<recipe name> unless given) and where else metrics go."""
 
     directory: str = Field(min_length=1)
     tensorboard: bool = True
     wandb: WandbBlock | None = None
+
+    @field_validator("directory")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(LOCAL_FOLDER)
+        return value
 
 
 STEP_RANGE = "a range of steps like 10-12, or one step; the first is 1"
@@ -359,12 +375,13 @@ class ProfileBlock(Block):
 
 
 class StageBlock(Block):
-    """A stretch of the run, up to and with step `until`, with values of its own for keys of four blocks
+    """A stretch of the run, up to and with step `until`, with values of its own for keys of five blocks
     (`fathom.recipe_stages.STAGE_KEYS`). A stage that names mesh axes names them all; others are 1."""
 
     name: str | None = None
     until: int = Field(ge=1)
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     mesh: dict[str, Any] = {}
     train: dict[str, Any] = {}

@@ -6,7 +6,8 @@
       - {name: long, until: 5000, data: {sequence_length: 65536, batch_size: 16}, mesh: {fsdp: 16, context: 4}}
 
 Each stage has the recipe's own values but for those it names; nothing carries over from the stage before. Schedules
-span `train.steps`, where the last stage must end. A recipe without stages may have a batch ramp, a short way to write
+span `train.steps`, where the last stage must end: a stage's `optimizer.learning_rate` is another peak of the same
+schedule. A recipe without stages may have a batch ramp, a short way to write
 some:
 
     train: {steps: 5000, batch_ramp: [{until: 100, batch_size: 32}, {until: 300, batch_size: 64}]}
@@ -32,11 +33,19 @@ STAGE_KEYS: dict[str, tuple[str, ...]] = {
               "mla_form"),
     "data": ("source", "path", "pattern", "exclude", "field", "thinking_mode", "sequence_length", "batch_size",
              "packing", "shuffle", "shuffle_rows", "shards", "seed", "max_bytes"),
+    "optimizer": ("learning_rate",),
     "mesh": ("data", "fsdp", "expert", "tensor", "context", "preset"),
-    "train": ("accumulation", "stage", "mtp_weight", "mtp_weight_final", "balance_weight", "indexer_weight",
-              "router_bias_speed", "eval_every"),
+    "train": ("accumulation", "stage", "hold_moments", "mtp_weight", "mtp_weight_final", "balance_weight",
+              "indexer_weight", "router_bias_speed", "eval_every"),
 }  # fmt: skip
 """What a stage may change: nothing that the state's weights or the held-out documents depend on."""
+
+TRAINED = {
+    "dense": frozenset({"model"}),
+    "indexer-warmup": frozenset({"indexer"}),
+    "sparse": frozenset({"model", "indexer"}),
+}
+"""`train.stage` -> what it trains."""
 
 
 def stage_blocks(recipe: Recipe) -> tuple[StageBlock, ...]:
@@ -105,9 +114,11 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     problems = stage_problems(stages, recipe.train.steps)
     if problems:
         raise RecipeError(problems, recipe.name)
-    recipes = []
+    recipes, holds = [], _holding(recipe, stages)
     for number, stage in enumerate(stages):
         values = _values(recipe, stage, number)
+        if values["train"]["hold_moments"] is None and holds[number]:
+            values["train"]["hold_moments"] = True
         try:
             recipes.append(type(recipe).model_validate(values))
         except ValidationError as error:
@@ -115,6 +126,16 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     if problems:
         raise RecipeError(problems, recipe.name)
     return recipes
+
+
+def _holding(recipe: Recipe, stages: tuple[StageBlock, ...]) -> list[bool]:
+    """Of each stage whether stages before it and after it train what it does not."""
+    names = [stage.train.get("stage", recipe.train.stage) for stage in stages]
+    trained = [TRAINED.get(name, frozenset()) for name in names if isinstance(name, str)]
+    if len(trained) < len(names):  # none of these: told elsewhere
+        return [False] * len(names)
+    around = [(frozenset().union(*trained[:i]), frozenset().union(*trained[i + 1 :])) for i in range(len(names))]
+    return [bool((before & after) - now) for (before, after), now in zip(around, trained, strict=True)]
 
 
 def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:

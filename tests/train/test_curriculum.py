@@ -13,6 +13,8 @@ from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_checks import RecipeError
 from fathom.recipe_stages import stage_recipes
 from fathom.step_folder import CheckpointError
+from fathom.train import loop
+from fathom.train.checkpoint import Checkpoints
 from fathom.train.loop import train
 from fathom.train.metrics import read_metrics
 from tests.train import runs, toy_model
@@ -52,6 +54,20 @@ def test_an_interrupted_run_in_stages_equals_one_that_was_not(tmp_path, monkeypa
     assert load_recipe(broken.run_dir / "recipe.yaml") == broken
 
 
+def test_sigterm_while_a_border_is_saved_ends_the_run_there(tmp_path, monkeypatch):
+    """And one while the next stage is being made ready is not lost."""
+    recipe = in_stages(tmp_path, "run")
+    wait, open_loader = Checkpoints.wait, loop.open_loader
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "wait", lambda self: (runs.sigterm(None), wait(self))[1])
+        result = train(recipe)
+    assert (result.step, result.preempted, steps_on_disk(result)) == (4, True, [3, 4])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "open_loader", lambda *given: (runs.sigterm(None), open_loader(*given))[1])
+        result = train(recipe)
+    assert (result.step, result.preempted) == (5, True)
+
+
 def test_a_stage_has_the_values_of_the_recipe_but_for_those_it_names(tmp_path):
     recipes = stage_recipes(in_stages(tmp_path, "stages"))
     assert [r.data.sequence_length for r in recipes] == [32, 64, 128]
@@ -71,10 +87,11 @@ def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path):
 
 
 def test_moments_go_on_where_training_goes_on(tmp_path):
-    """Dense, indexer warm-up, sparse, of V4: what trains in the last stage only for the second time begins anew."""
+    """Dense, indexer warm-up, sparse, of V4: the warm-up holds the moments of all that it does not train."""
+    warm_up = {"until": 4, "train": {"stage": "indexer-warmup"}, "mesh": {"fsdp": 2, "context": 4}}
     stages = (
         {"until": 2, "train": {"stage": "dense"}},
-        {"until": 4, "train": {"stage": "indexer-warmup"}, "mesh": {"fsdp": 2, "context": 4}},
+        {**warm_up, "optimizer": {"learning_rate": 1e-1}},
         {"until": 6, "train": {"stage": "sparse"}},
     )
     recipe = in_stages(
@@ -86,13 +103,22 @@ def test_moments_go_on_where_training_goes_on(tmp_path):
     saved = {step: saved_arrays(result, step) for step in (2, 4, 6)}
     weights = [name for name in saved[2] if name.startswith("model/params/")]
     moments = [name for name in saved[6] if name.endswith("indexer/wq_b/weight") and "opt_state" in name]
-    assert len(moments) == 2 and set(moments) < set(saved[4]) and not set(moments) & set(saved[2])
+    held = {name.replace("opt_state/", "opt_state/held/") for name in saved[2] if "/mu/" in name or "/nu/" in name}
+    assert len(held) > 40 and held < set(saved[4])
+    assert all(saved[4][name] == saved[2][name.replace("held/", "")] for name in held)
+    assert len(moments) == 2 and {name.replace("opt_state/", "opt_state/own/") for name in moments} < set(saved[4])
+    assert not set(moments) & set(saved[2])
+    # Adam's counts are those of its moments' updates, the schedule's those of the run.
+    count = lambda step, name: saved[step][f"train/opt_state/{name}/count"]  # noqa: E731
+    assert count(2, "1") == count(2, "3") == count(4, "own/1") == count(4, "held/1")
+    assert count(4, "own/3") == count(6, "1") != count(6, "3")
     for first, second, trains in ((2, 4, lambda n: "indexer" in n), (4, 6, lambda n: True)):
         for name in weights:
             assert (saved[first][name] != saved[second][name]) == trains(name), (second, name)
-    # The schedule's count goes on: each rate is lower than the one before.
+    # The schedule goes on, in the second stage from another peak.
     rates = [m["learning_rate"] for m in read_metrics(recipe.run_dir) if "learning_rate" in m]
-    assert len(rates) == 6 and all(np.diff(rates) < 0)
+    falls = np.array([1, 0.85, 0.7, 0.55, 0.4, 0.25])
+    np.testing.assert_allclose(rates, falls * [1e-2, 1e-2, 1e-1, 1e-1, 1e-2, 1e-2], rtol=1e-5)
     assert np.isfinite(result.metrics["loss"])
 
 

@@ -166,6 +166,19 @@ def test_a_stage_is_judged_by_its_own_losses(tmp_path, toy, monkeypatch):
     assert read_payload(Path(result.checkpoint_dir) / "16")["spikes"]["rollbacks"] == 0
 
 
+def test_a_step_that_is_not_finite_is_a_spike(tmp_path, monkeypatch):
+    """It is read for step 7 once, before the run goes back to step 5."""
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.exploding(toy_model.TOY))
+    write_text(tmp_path / "text")
+    marked = []
+    runs.at_steps(monkeypatch, {7: lambda batch: marked or (marked.append(7), runs.mark(batch))})
+    recipe, hashes = with_spikes(tmp_path), hashes_of(tmp_path, 18)
+    assert train(recipe).step == 16
+    curves = history(recipe, "loss", "batch_hash")
+    assert np.isfinite(curves["loss"]).all() and curves["batch_hash"] == [*hashes[:5], *hashes[7:18]]
+    assert any(line.startswith("WARNING: step 7: loss nan") for line in read_log(recipe.run_dir))
+
+
 def test_too_many_spikes_end_the_run(tmp_path, toy, monkeypatch):
     poison(monkeypatch, 7, 9, 11)
     recipe = with_spikes(tmp_path)

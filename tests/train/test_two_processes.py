@@ -55,20 +55,23 @@ def finish(started, timeout=300):
     return [json.loads(result.read_text()) for result in results]
 
 
-def run_both(folder, term_step):
-    return finish(start(folder, 2, devices=4, term_step=term_step))
+def run_both(folder, **options):
+    return finish(start(folder, 2, devices=4, **options))
 
 
 def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     for name in ("broken", "straight"):
         write_text(tmp_path / name / "text")
-    one, other = run_both(tmp_path / "broken", term_step=7)
+    one, other = run_both(tmp_path / "broken", term_step=2)
     assert one == other and one["processes"] == 2
-    assert one["preempted"] and 7 <= one["step"] <= 9
+    assert one["preempted"] and 2 <= one["step"] <= 4
     broken = make_recipe(tmp_path / "broken")
-    assert steps_on_disk(broken) == [5, one["step"]]
+    assert steps_on_disk(broken) == [one["step"]]
+    # Where a step counts as a long one no further step is dispatched.
+    ends = run_both(tmp_path / "broken", term_step=7, long_step=0.0)
+    assert [(end["preempted"], end["step"]) for end in ends] == [(True, 7)] * 2
 
-    ends = run_both(tmp_path / "broken", term_step=0) + run_both(tmp_path / "straight", term_step=0)
+    ends = run_both(tmp_path / "broken") + run_both(tmp_path / "straight")
     assert [end["step"] for end in ends] == [12] * 4
     assert len({end["loss"] for end in ends}) == 1
     straight = make_recipe(tmp_path / "straight")

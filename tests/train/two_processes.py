@@ -4,8 +4,8 @@
 
 Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
 `tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "late", seconds that its
-compiling takes longer; "poisoned": the process that reads a poisoned batch for step 8; "hinder": True for what only one
-process meets, see `hindered`.
+compiling takes longer; "long_step": seconds from which on a step is a long one; "poisoned": the process that reads a
+poisoned batch for step 8; "hinder": True for what only one process meets, see `hindered`.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 
 from fathom import zoo
 from fathom.distributed import initialize_distributed
-from fathom.train import checkpoint_format, loop
+from fathom.train import checkpoint_format, loop, stopping
 from tests.train import runs, toy_model
 
 
@@ -33,6 +33,7 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     if options.get("late") and jax.process_index() == 1:
         compile_together = loop.compile_together
         loop.compile_together = lambda *given: (time.sleep(options["late"]), compile_together(*given))
+    stopping.LONG_STEP = options.get("long_step", stopping.LONG_STEP)
     values = hindered(folder, recipe) if options.get("hinder") else run(recipe, options.get("term_step", 0))
     result_file.write_text(json.dumps({"processes": jax.process_count(), **values}))
 

@@ -26,15 +26,17 @@ def parameter_rows(program: Program, recipe: Recipe) -> list[dict[str, Any]]:
     """
     trainable, _ = optimizer.split_frozen(program.spec, program.state.params, recipe.train.parameter_stage)
     trained = {path_names(path) for path, _ in _variables(trainable)}
-    decays = {path_names(path): decay for path, decay in _variables(optimizer.decay_mask(trainable))}
+    mask = optimizer.decay_mask(trainable, recipe.optimizer.decay_all)
+    decays = {path_names(path): decay for path, decay in _variables(mask)}
     matrices = matrices_of(program.state.params)
     rows: dict[tuple, dict[str, Any]] = {}
     for path, variable in _variables(program.state.params):
         names, value = path_names(path), variable.get_value()
-        kind = "frozen"
+        held = recipe.train.hold_moments and not program.spec.frozen(path, "sparse")
+        kind = "frozen, moments held" if held else "frozen"
         if names in trained:
             kind = "muon" if recipe.optimizer.name == "muon" and names in matrices else "adamw"
-        if kind != "frozen" and not _flag(decays[names]):
+        if names in trained and not _flag(decays[names]):
             kind += ", no decay"
         stack = sum(axis == optimizer.STACK_AXIS for axis in variable.get_metadata().get("out_sharding") or ())
         shape = tuple(value.shape[stack:])

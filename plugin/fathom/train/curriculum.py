@@ -2,7 +2,8 @@
 
 Weights, router biases, the step number and the random numbers go on as they are, onto whatever mesh the next stage has.
 So does the optimizer, but for parameters that begin to train: their moments begin at zero. Of parameters that stop
-training it forgets the moments. The data begins anew, in the stage's own rows and order.
+training it forgets the moments, unless the stage holds them for a later one (`train.hold_moments`). The data begins
+anew, in the stage's own rows and order.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-
 from fathom.mesh import sharding_scope
 from fathom.recipe import Recipe
-from fathom.train.state import TrainState, named_leaves
+from fathom.train.optimizer import carry_moments
+from fathom.train.state import TrainState
 from fathom.train.step import Program, make_program
 
 
@@ -53,7 +53,8 @@ class Stage:
         return make_program(before, program.mesh)
 
     def _same_parameters(self) -> bool:
-        return self.previous.train.parameter_stage == self.recipe.train.parameter_stage
+        before, now = self.previous.train, self.recipe.train
+        return (before.parameter_stage, bool(before.hold_moments)) == (now.parameter_stage, bool(now.hold_moments))
 
     def begin(self, program: Program, state: TrainState) -> TrainState:
         """The state with which the stage begins, from that of the stage before it, whose arrays are given up."""
@@ -74,11 +75,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def _with_own_optimizer(program: Program, state: TrainState) -> TrainState:
-    """The state with the optimizer of `program`; moments of parameters that go on training, and all counts, stay."""
-    old = named_leaves(state.opt_state)
+    """The state with the optimizer of `program`; moments of parameters that go on training, and their counts, stay."""
     with sharding_scope(program.mesh, program.rules):
         fresh = program.start(state.params, state.model_state, state.rng)
-    names = named_leaves(fresh.opt_state)
-    leaves = [old[name] if name in old else leaf for name, leaf in names.items()]
-    opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)
-    return dataclasses.replace(fresh, opt_state=opt_state, step=state.step)
+    return dataclasses.replace(fresh, opt_state=carry_moments(state.opt_state, fresh.opt_state), step=state.step)

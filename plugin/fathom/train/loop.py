@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from fathom.train.session import Session
 from fathom.train.spike import SpikeError
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
-from fathom.train.stopping import StopSignal
+from fathom.train.stopping import StopSignal, Termination
 from fathom.train.streams import Rows, RowStreams
 from fathom.train.together import compile_together
 
@@ -66,23 +65,20 @@ def train(recipe: Recipe) -> TrainResult:
     Raises:
       RecipeError: when the recipe is impossible here; before anything is compiled.
       CheckpointError: when checkpoints cannot be written, read, or belong to another model or data.
-      NonFiniteError: when loss or gradients stop being finite; the newest checkpoint is from
-        before.
+      NonFiniteError: when loss or gradients stop being finite, without `train.spike.factor`; the newest checkpoint is
+        from before.
       SpikeLimitError: when the loss spikes more often than `train.spike` lets the run go back.
     """
     recipe.use_simulated_devices()
     recipe.check(jax.device_count())
     probe_run_folder(recipe)
     stages = stages_of(stage_recipes(recipe), [s.until for s in stage_blocks(recipe)] or [recipe.train.steps])
-    limit = recipe.train.max_runtime
-    deadline = None if limit is None else time.monotonic() + limit
-    with Session(recipe) as session:
+    with Termination(recipe.train.max_runtime) as termination, Session(recipe) as session:
         checkpoints = open_checkpoints(recipe, session.saved)
         stage = stage_at(stages, max(checkpoints.steps(), default=0))
         while True:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             try:
-                result = train_stage(recipe, stage, stages, checkpoints, left, session)
+                result = train_stage(recipe, stage, stages, checkpoints, termination, session)
             except OtherStageError as other:  # the newest steps were damaged
                 stage = stages[other.number]
                 continue
@@ -119,7 +115,7 @@ def train_stage(
     stage: Stage,
     stages: list[Stage],
     checkpoints: Checkpoints,
-    max_runtime: float | None,
+    termination: Termination,
     session: Session,
 ) -> TrainResult:
     """The rest of a stage, from the newest checkpoint; OtherStageError when that lies in another one."""
@@ -129,10 +125,10 @@ def train_stage(
     loader = open_loader(recipe, program)
     holdout = open_loader(recipe, program, "holdout") if recipe.train.eval_every else None
     description = describe_run(recipe.to_dict(), spec, mesh, loader.fingerprint)
-    spike = None
+    stop, spike = StopSignal(mesh, termination), None
+    run = StageRun(whole, stage, stages, program, loader, holdout, description, checkpoints, session, stop)
 
-    with sharding_scope(mesh, program.rules), StopSignal(mesh, max_runtime) as stop:
-        run = StageRun(whole, stage, stages, program, loader, holdout, description, checkpoints, session, stop)
+    with sharding_scope(mesh, program.rules):
         while True:
             try:
                 with checkpoints:
@@ -166,7 +162,8 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
             "%s; back to step %d, and on with the data after the spike, %d batches later; rollback %d of %d",
             spike, start, lost, session.spikes.rollbacks, stage.recipe.train.spike.max_rollbacks,
         )  # fmt: skip
-        session.spikes.calm_at = start + stage.recipe.train.anticipatory_routing.after_spike
+        after = stage.recipe.train.anticipatory_routing.after_spike
+        session.spikes.calm_at = max(start, spike.step) + after if after else 0
     session.begin(start, lost)
     return state, start, loader.step - (start - stage.first)
 
@@ -198,11 +195,17 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
         last=last,
     )
 
+    def batches(step: int) -> int:
+        return step - run.stage.first + skipped
+
     def watch(step: int, loss: float) -> None:
-        session.spikes.observe(step, loss, batches=step - run.stage.first + skipped)
+        session.spikes.observe(step, loss, batches(step))
+
+    def refuse(error: NonFiniteError, step: int) -> None:
+        session.spikes.refuse(error, step, batches(step))
 
     # Whatever ends these steps, saves under way are then waited for outside of their phases.
-    with RunReport(recipe, headline, start, run.whole, session, watch) as report, clock.during("data"):
+    with RunReport(recipe, headline, start, run.whole, session, watch, refuse) as report, clock.during("data"):
         for done in range(start + 1, last + 1):
             clock.enter("compile" if done == start + 1 else "data")
             fed = feeder.take(done, state)
@@ -235,6 +238,7 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
                 break
         with clock.during("save"):
             checkpoints.wait()
+            stopping = stopping or run.stop.agreed()  # told since: the next stage is not begun
         if done > start:
             report.message(f"time: {clock.summary()}")
 

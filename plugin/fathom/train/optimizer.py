@@ -16,7 +16,7 @@ from flax import nnx
 
 from fathom.mesh import variable_axes
 from fathom.train.muon import matrices_of, scale_by_hybrid_muon
-from fathom.train.state import path_names
+from fathom.train.state import named_leaves, path_names
 from fathom.zoo import ModelSpec
 
 STACK_AXIS = "layers"
@@ -24,6 +24,9 @@ STACK_AXIS = "layers"
 
 NO_DECAY_NAMES = frozenset({"ape", "base", "bias", "scale", "sink"})
 """Last path components that are never decayed, whatever their rank: position and other biases, scales."""
+
+OWN, HELD, MOMENTS = "own", "held", "1"
+"""Parts of the state of a stage that holds others' moments; the place of moments in `make_optimizer`'s chain."""
 
 
 def make_schedule(block: Any, steps: int) -> optax.Schedule:
@@ -67,13 +70,15 @@ def split_frozen(spec: ModelSpec, params: nnx.State, stage: str) -> tuple[nnx.St
     return nnx.split_state(params, lambda path, _: not spec.frozen(path, stage), ...)
 
 
-def decay_mask(trainable: nnx.State) -> nnx.State:
-    """True for matrices and higher ranks, False for norms, biases, sinks and scales.
+def decay_mask(trainable: nnx.State, everything: bool = False) -> nnx.State:
+    """True for matrices and higher ranks, False for norms, biases, sinks and scales unless `everything` decays.
 
     The rank leaves out the axis along which repeated layers are stacked (logical axis "layers").
     """
 
     def decays(path, variable):
+        if everything:
+            return True
         axes = variable_axes(variable) or ()
         rank = variable.get_value().ndim - sum(axis == STACK_AXIS for axis in axes)
         return rank >= 2 and path_names(path)[-1] not in NO_DECAY_NAMES
@@ -114,21 +119,24 @@ def make_optimizer(
     trainable, _ = split_frozen(spec, params, stage)
     if not jax.tree.leaves(trainable):
         raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
-    scale = optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype)
-    if block.name == "muon":
-        kinds = optimizer_kinds(trainable)
-        if "muon" not in jax.tree.leaves(kinds):
-            raise ValueError(
-                f"optimizer.name is 'muon', but of what {spec.name!r} trains in stage {stage!r} no weight declares "
-                "itself a matrix (fathom.layers.param.Matrix); use 'adamw'"
-            )
-        scale = optax.partition({"muon": scale_by_hybrid_muon(trainable, block), "adamw": scale}, kinds)
+    if block.name == "muon" and "muon" not in jax.tree.leaves(optimizer_kinds(trainable)):
+        raise ValueError(
+            f"optimizer.name is 'muon', but of what {spec.name!r} trains in stage {stage!r} no weight declares "
+            "itself a matrix (fathom.layers.param.Matrix); use 'adamw'"
+        )
     return optax.chain(
         _clip(spec, trainable, block.clip_norm),
-        scale,
-        optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable)),
+        _scale_by_moments(trainable, block),
+        optax.add_decayed_weights(block.weight_decay, mask=decay_mask(trainable, block.decay_all)),
         optax.scale_by_learning_rate(make_schedule(block, steps)),
     )
+
+
+def _scale_by_moments(params: nnx.State, block: Any) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype)
+    if block.name == "adamw":
+        return adam
+    return optax.partition({"muon": scale_by_hybrid_muon(params, block), "adamw": adam}, optimizer_kinds(params))
 
 
 def _clip(spec: ModelSpec, trainable: nnx.State, norm: float | None) -> optax.GradientTransformation:
@@ -153,6 +161,58 @@ def init_optimizer(
     """Optimizer state for the trainable ones of `params`, moments in float32."""
     trainable, _ = split_frozen(spec, params, stage)
     return tx.init(as_float32(nnx.as_pure(trainable)))
+
+
+def with_held(own: Any, spec: ModelSpec, params: nnx.State, stage: str, block: Any) -> dict[str, Any]:
+    """The optimizer state `own` of a stage, and beside it moments of what only other stages train.
+
+    They are those of parameters that the stage "sparse" trains and this one does not; `beside_held` leaves them be.
+    """
+    _, frozen = split_frozen(spec, params, stage)
+    held, _ = split_frozen(spec, frozen, "sparse")
+    moments = _scale_by_moments(held, block).init(as_float32(nnx.as_pure(held)))
+    return {OWN: own, HELD: {MOMENTS: moments}}
+
+
+def beside_held(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on a state that holds its own beside others' (`with_held`)."""
+
+    def update(updates, state, params=None):
+        updates, own = tx.update(updates, state[OWN], params)
+        return updates, {**state, OWN: own}
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def carry_moments(old: Any, fresh: Any) -> Any:
+    """`fresh`, the optimizer state with which a stage begins, with all that `old`, the stage's before, has of it.
+
+    Leaves are found by name, wherever they are held. A count of updates goes on, but that of moments all of which
+    begin at zero begins there too: they are told from others by it.
+    """
+    have = {}
+    for name, leaf in sorted(named_leaves(old).items(), key=lambda item: item[0].startswith(f"{HELD}/")):
+        have[_general(name)] = leaf  # those held last: they count for more parameters, and for longer
+    names = named_leaves(fresh)
+
+    def begins(name: str) -> bool:
+        group, _, last = name.rpartition("/")
+        moments = [other for other in names if other.startswith(f"{group}/") and other != name]
+        return last == "count" and bool(moments) and not any(_general(other) in have for other in moments)
+
+    leaves, used = [], set()
+    for name, leaf in names.items():
+        if not begins(name) and _general(name) in have:
+            leaf = have[_general(name)]
+            leaf = jnp.copy(leaf) if _general(name) in used else leaf  # a step gives each array up once
+            used.add(_general(name))
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+def _general(name: str) -> str:
+    """A leaf's name wherever it is held."""
+    return name.removeprefix(f"{OWN}/").removeprefix(f"{HELD}/")
 
 
 def as_float32(tree: Any) -> Any:

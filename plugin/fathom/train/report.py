@@ -13,6 +13,7 @@ import numpy as np
 from fathom.recipe import Recipe
 from fathom.train.metrics import MetricWriter, make_progress, plot_loss
 from fathom.train.session import Session
+from fathom.train.spike import EXIT_DIVERGED
 from fathom.train.text_log import LogLines
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """The loss, a gradient or an update was not finite; the step was not applied and nothing was saved."""
+
+    exit_code = EXIT_DIVERGED
 
 
 SHOWN_FIRST = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
@@ -32,6 +35,7 @@ class StepReader:
       emit: called with (steps done, metrics as floats) for every step, in order.
       flops_per_token: training flops of one token, for model_flops_per_second.
       skip_nonfinite: how many non-finite steps in a row are skipped before NonFiniteError.
+      refuse: called with that error and the step before it is raised; may raise another.
     """
 
     def __init__(
@@ -40,8 +44,9 @@ class StepReader:
         *,
         flops_per_token: float,
         skip_nonfinite: int,
+        refuse: Callable[[NonFiniteError, int], None],
     ):
-        self._emit = emit
+        self._emit, self._refuse = emit, refuse
         self._flops_per_token = flops_per_token
         self._skip_nonfinite = skip_nonfinite
         self._skipped = 0
@@ -78,12 +83,14 @@ class StepReader:
         self.last = values = first | values
         self._emit(step, values)
         if self._skipped > self._skip_nonfinite:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the update was "
                 f"not applied and nothing was saved ({self._skipped} bad steps in a row, "
                 f"train.skip_nonfinite allows {self._skip_nonfinite}); lower optimizer.learning_rate, look "
                 "at the data of this step, or raise train.skip_nonfinite"
             )
+            self._refuse(error, step)
+            raise error
 
     def busy(self) -> bool:
         """Whether the devices still compute the held step."""
@@ -102,6 +109,7 @@ class RunReport:
       recipe: of the stage. headline: shown first. start: steps done before, 0 for a new run.
       whole: the recipe with all stages, the one to write down. session: its clock and its log are told too.
       watch: called with (step, loss) of every step after it was written; may raise to end the run.
+      refuse: see `StepReader`.
 
     Attributes:
       last: metrics of the newest step that was read.
@@ -115,6 +123,7 @@ class RunReport:
         whole: Recipe,
         session: Session,
         watch: Callable[[int, float], None],
+        refuse: Callable[[NonFiniteError, int], None],
     ):
         self._session, self._watch = session, watch
         self._last_step, self._log_every = recipe.train.steps, recipe.train.log_every
@@ -141,6 +150,7 @@ class RunReport:
             self._emit,
             flops_per_token=spec.flops_per_token(spec.config, recipe.data.sequence_length),
             skip_nonfinite=recipe.train.skip_nonfinite,
+            refuse=refuse,
         )
         self.push, self.flush = self._reader.push, self._reader.flush
         self.restart_clock, self.busy = self._reader.restart_clock, self._reader.busy

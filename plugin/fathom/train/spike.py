@@ -14,6 +14,9 @@ from typing import Any
 NORMAL = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
 
+EXIT_DIVERGED = 5
+"""Exit code of a process whose run diverged: the same start would come to the same end."""
+
 LEAST_SPREAD = 1e-3
 """Of the median: losses that hardly differ, as at a learning rate of 0, would make a spike of any noise."""
 
@@ -33,11 +36,13 @@ class SpikeError(Exception):
 class SpikeLimitError(RuntimeError):
     """The loss spiked once more than `train.spike.max_rollbacks` allows."""
 
+    exit_code = EXIT_DIVERGED
+
 
 class SpikeDetector:
     """Judges losses by those before them; see `fathom.recipe_blocks.SpikeBlock` for the rule.
 
-    Losses that are not finite are no spikes: `train.skip_nonfinite` is about these.
+    Losses that are not finite are not among those that others are judged by; see `refuse`.
 
     Args:
       factor, window, max_rollbacks: the recipe's `train.spike`.
@@ -72,6 +77,11 @@ class SpikeDetector:
                     f"their spread {spread:.3g}, train.spike.factor {self._factor:g}",
                 )
         self._losses.append(loss)
+
+    def refuse(self, error: Exception, step: int, batches: int) -> None:
+        """SpikeError for a step that may not be skipped as `error` says, where a run goes back before spikes."""
+        if self._factor is not None:
+            raise SpikeError(step, batches, str(error).removeprefix(f"step {step}: ")) from error
 
     def roll_back(self, spike: SpikeError) -> None:
         """Counts a rollback; SpikeLimitError when it is one too many."""

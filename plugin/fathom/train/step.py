@@ -102,9 +102,14 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
     with sharding_scope(mesh, rules):
         model = split_model(spec, options)
         tx = optimizer.make_optimizer(spec, model.params, block, train.steps, train.parameter_stage)
+        if train.hold_moments:
+            tx = optimizer.beside_held(tx)
 
         def init_tx(params):
-            return optimizer.init_optimizer(tx, spec, params, train.parameter_stage)
+            own = optimizer.init_optimizer(tx, spec, params, train.parameter_stage)
+            if not train.hold_moments:
+                return own
+            return optimizer.with_held(own, spec, params, train.parameter_stage, block)
 
         state = abstract_state(spec, model, init_tx, mesh, rules)
 

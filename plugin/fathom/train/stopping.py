@@ -12,24 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+LONG_STEP = 10.0
+"""Seconds from which on a step is dispatched only once it is agreed that the run goes on: the devices then wait for
+that, some milliseconds, and a grace period holds a step less."""
 
-class StopSignal:
-    """A context in which SIGTERM only sets a flag; all processes come to the same decision at the
-    same step.
+
+class Termination:
+    """A context in which SIGTERM only sets a flag, for as long as the whole run lasts.
 
     Args:
-      mesh: all devices of the run. max_runtime: seconds after which to stop, None for no limit.
+      max_runtime: seconds after which to stop, None for no limit.
     """
 
-    def __init__(self, mesh: Mesh, max_runtime: float | None = None):
+    def __init__(self, max_runtime: float | None = None):
         self._deadline = None if max_runtime is None else time.monotonic() + max_runtime
         self._terminated = False
         self._previous_handler: Any = None
-        self._in_flight: jax.Array | None = None
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Termination:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is threading.main_thread():
             self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -42,14 +42,52 @@ class StopSignal:
     def _on_sigterm(self, number: int, frame: Any) -> None:
         self._terminated = True
 
+    @property
+    def due(self) -> bool:
+        """Whether this process has a reason to stop."""
+        return self._terminated or (self._deadline is not None and time.monotonic() > self._deadline)
+
+
+class StopSignal:
+    """How all processes come to the same decision at the same step.
+
+    Args:
+      mesh: all devices of the run. termination: this process's reasons.
+    """
+
+    def __init__(self, mesh: Mesh, termination: Termination):
+        self._termination = termination
+        self._in_flight: jax.Array | None = None
+        self._last_call: float | None = None
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._all = jax.jit(lambda told: jnp.max(told, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
     def requested(self) -> bool:
-        """To be called once a step by every process. With several, the answer is one step late."""
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        local = self._terminated or late
+        """To be called by every process after each step was dispatched.
+
+        With several processes the answer is that of one call before, which never waits for the devices, until a step
+        takes `LONG_STEP`, to any of them: from then on it is this call's, and waits for the step.
+        """
         if jax.process_count() == 1:
-            return local
-        # Dispatched now and read after the next step, so that it never waits for the devices.
-        flags = np.full([len(jax.local_devices())], local)
-        flags = jax.make_array_from_process_local_data(self._sharding, flags)
-        previous, self._in_flight = self._in_flight, self._any(flags)
-        return previous is not None and bool(previous)
+            return self._termination.due
+        now = time.monotonic()
+        seconds, self._last_call = now - (self._last_call or now), now
+        previous, self._in_flight = self._in_flight, self._tell(seconds)
+        if previous is None:
+            return False
+        stop, longest = np.asarray(previous)
+        if not stop and longest >= LONG_STEP:
+            stop, _ = np.asarray(self._in_flight)
+        return bool(stop)
+
+    def agreed(self) -> bool:
+        """Waits for all processes to have called this, and tells whether any of them has a reason to stop."""
+        if jax.process_count() == 1:
+            return self._termination.due
+        self._in_flight = self._last_call = None
+        return bool(np.asarray(self._tell(0.0))[0])
+
+    def _tell(self, seconds: float) -> jax.Array:
+        """(whether any process has a reason, the longest of their seconds), not waited for."""
+        told = np.full([len(jax.local_devices()), 2], [self._termination.due, seconds], np.float32)
+        return self._all(jax.make_array_from_process_local_data(self._sharding, told))

@@ -80,6 +80,7 @@ class Watchdog:
         try:
             os.write(2, f"{text}\n".encode())
             faulthandler.dump_traceback(2, all_threads=True)
+            self._folder.mkdir(parents=True, exist_ok=True)  # which only the first process has made
             with path.open("a", encoding="utf-8") as file:
                 _write_traces(file, text)
             if self._process == 0:
