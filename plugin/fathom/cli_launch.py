@@ -11,10 +11,12 @@ from fathom.cli_problem import ArgumentProblem
 TARGETS = ("local", "jobset", "xpk", "tpu-vm")
 OPTIONS = {
     "local": {"grace"},
-    "jobset": {"topology", "name", "image", "namespace", "max_restarts", "grace", "service_account", "spot"},
+    "jobset": {
+        "topology", "name", "image", "namespace", "max_restarts", "grace", "service_account", "spot", "mount", "volume",
+    },
     "xpk": {"topology", "name", "image", "cluster", "project", "zone", "max_restarts", "grace", "spot"},
     "tpu-vm": {"topology", "name", "project", "zone", "install", "runtime", "spot", "reserved"},
-}
+}  # fmt: skip
 """Which options each target takes; others are refused."""
 
 REQUIRED = {"jobset": ("image",), "xpk": ("image", "cluster"), "tpu-vm": ("project", "zone"), "local": ()}
@@ -35,6 +37,12 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--image", help="container image with fathom in it (jobset, xpk)")
     sub.add_argument("--namespace", help="of Kubernetes (jobset; default)")
     sub.add_argument("--service-account", help="of Kubernetes, for access to storage (jobset)")
+    sub.add_argument(
+        "--mount", action="append", metavar="gs://BUCKET[/FOLDER]=/PATH", help="to read, by Cloud Storage FUSE (jobset)"
+    )
+    sub.add_argument(
+        "--volume", action="append", metavar="CLAIM=/PATH", help="a PersistentVolumeClaim, to write too (jobset)"
+    )
     sub.add_argument("--cluster", help="GKE cluster (xpk)")
     sub.add_argument("--project", help="of Google Cloud (tpu-vm, xpk)")
     sub.add_argument("--zone", help="of Google Cloud (tpu-vm, xpk)")
@@ -47,7 +55,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "--grace",
         type=int,
         metavar="SECONDS",
-        help="from SIGTERM to SIGKILL (jobset, xpk; 600); for the others once a process has ended (local; 30)",
+        help="from SIGTERM to SIGKILL (jobset, xpk; the recipe's train.grace); for the others once a process has ended "
+        "(local; 30)",
     )
 
 
@@ -64,15 +73,18 @@ def run_launch(arguments: argparse.Namespace) -> int:
         return _local(arguments, given)
     from fathom.launch import jobset, tpu_vm, xpk
     from fathom.launch.plan import make_plan
+    from fathom.launch.volumes import read_volumes
 
     target = {"jobset": jobset, "xpk": xpk, "tpu-vm": tpu_vm}[arguments.on]
     common = {name: given.pop(name) for name in ("topology", "name") if name in given}
+    volumes = read_volumes(given.pop("mount", ()), given.pop("volume", ()))
     plan = make_plan(
         arguments.recipe,
         arguments.overrides,
         target=arguments.on,
         hosts=arguments.hosts,
         longest_name=target.longest_name,
+        volumes=volumes,
         **common,
     )
     options = target.Options(**given)

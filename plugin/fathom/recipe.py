@@ -220,6 +220,7 @@ SAFE_TO_CHANGE = (
     "train.spike.",
     "train.anticipatory_routing.",
     "train.watchdog",
+    "train.grace",
     "train.compilation_cache",
     "checkpoint.",
     "metrics.",

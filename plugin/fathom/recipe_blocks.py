@@ -264,7 +264,8 @@ class TrainBlock(Block):
 
     `watchdog` seconds without a completed step end the process with code 4 after all threads' stack traces were
     written; all but steps has an hour more (`fathom.train.watchdog`). `compilation_cache` is a folder for compiled
-    programs, which the next start reads instead of compiling (`fathom.train.compilation_cache`).
+    programs, which the next start reads instead of compiling (`fathom.train.compilation_cache`). `grace`: seconds a
+    preempted host is given to end its step and save; what `fathom launch` asks of the cluster.
 
     Stages: "dense" attends to everything visible and leaves the indexer alone; "indexer-warmup" does too, and trains
     the indexer and nothing else; "sparse" attends to what the indexer selects and trains all, the indexer by its own
@@ -292,6 +293,7 @@ class TrainBlock(Block):
     spike: SpikeBlock = SpikeBlock()
     anticipatory_routing: AnticipationBlock = AnticipationBlock()
     watchdog: float | None = Field(None, gt=0)
+    grace: int = Field(600, ge=1)
     compilation_cache: str | None = Field(None, min_length=1)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -16,12 +17,11 @@ import jsonschema
 import pytest
 import yaml
 
-from fathom import zoo
 from fathom.cli import main
-from fathom.launch import jobset, tpu_vm
+from fathom.cli_problem import ArgumentProblem
+from fathom.launch import jobset, tpu_vm, xpk
 from fathom.recipe import load_recipe
 from fathom.topology import parse_topology
-from tests.train.small_recipe import SMALL, SPEC, changed, write_recipe
 
 SCHEMA = json.loads((Path(__file__).parent / "jobset.schema.json").read_text())
 
@@ -31,20 +31,20 @@ def problems(manifest) -> list[str]:
 
 
 
-# topology: slices, hosts a slice, chips a host, node labels, accelerator type, devices
+# topology: slices, hosts a slice, chips a host, node labels, xpk's type, devices
 SLICES = {
-    "v4:2x2x1": (1, 1, 4, "tpu-v4-podslice", "2x2x1", "v4-8", 4),
-    "v4:2x2x4": (1, 4, 4, "tpu-v4-podslice", "2x2x4", "v4-32", 16),
-    "v5e:4x4": (1, 4, 4, "tpu-v5-lite-podslice", "4x4", "v5litepod-16", 16),
-    "v5e:16x16": (1, 64, 4, "tpu-v5-lite-podslice", "16x16", "v5litepod-256", 256),
-    "v5p:4x4x4": (1, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-128", 64),
-    "v5p:8x8x8": (1, 128, 4, "tpu-v5p-slice", "8x8x8", "v5p-1024", 512),
-    "v6e:1x1": (1, 1, 1, "tpu-v6e-slice", "1x1", "v6e-1", 1),
-    "v6e:16x16": (1, 64, 4, "tpu-v6e-slice", "16x16", "v6e-256", 256),
-    "tpu7x:2x2x1": (1, 1, 4, "tpu7x", "2x2x1", "tpu7x-8", 8),
-    "tpu7x:4x4x4": (1, 16, 4, "tpu7x", "4x4x4", "tpu7x-128", 128),
-    "2*v6e:4x8": (2, 8, 4, "tpu-v6e-slice", "4x8", "v6e-32", 64),
-    "4*v5p:4x4x4": (4, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-128", 256),
+    "v4:2x2x1": (1, 1, 4, "tpu-v4-podslice", "2x2x1", "v4-2x2x1", 4),
+    "v4:2x2x4": (1, 4, 4, "tpu-v4-podslice", "2x2x4", "v4-2x2x4", 16),
+    "v5e:4x4": (1, 4, 4, "tpu-v5-lite-podslice", "4x4", "v5litepod-4x4", 16),
+    "v5e:16x16": (1, 64, 4, "tpu-v5-lite-podslice", "16x16", "v5litepod-16x16", 256),
+    "v5p:4x4x4": (1, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-4x4x4", 64),
+    "v5p:8x8x8": (1, 128, 4, "tpu-v5p-slice", "8x8x8", "v5p-8x8x8", 512),
+    "v6e:1x1": (1, 1, 1, "tpu-v6e-slice", "1x1", "v6e-1x1", 1),
+    "v6e:16x16": (1, 64, 4, "tpu-v6e-slice", "16x16", "v6e-16x16", 256),
+    "tpu7x:2x2x1": (1, 1, 4, "tpu7x", "2x2x1", "tpu7x-2x2x1", 8),
+    "tpu7x:4x4x4": (1, 16, 4, "tpu7x", "4x4x4", "tpu7x-4x4x4", 128),
+    "2*v6e:4x8": (2, 8, 4, "tpu-v6e-slice", "4x8", "v6e-4x8", 64),
+    "4*v5p:4x4x4": (4, 16, 4, "tpu-v5p-slice", "4x4x4", "v5p-4x4x4", 256),
 }
 VM_OPTIONS = ["--project", "p", "--zone", "z"]
 TARGETS = {
@@ -54,32 +54,11 @@ TARGETS = {
 }
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """Writes a sound recipe for a topology."""
-    monkeypatch.setitem(zoo._registered, SPEC.name, SPEC)
-
-    def write(topology="2*v6e:4x8", **changes):
-        devices = parse_topology(topology).devices
-        fsdp = 2 if devices > 1 else 1
-        values = {"mesh": {"data": devices // fsdp, "fsdp": fsdp, "topology": topology}, "data.batch_size": devices}
-        values |= {"checkpoint.directory": "gs://bucket/run"}
-        return str(write_recipe(tmp_path, changed(SMALL, values | changes), "my.Run_1"))
-
-    return write
-
-
 @pytest.fixture(autouse=True)
 def no_tools(monkeypatch, tmp_path):
     """None of the clusters' tools is on PATH, whatever this machine has."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-
-
-@pytest.fixture
-def nothing_starts(monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("something was started"))
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("something was started"))
 
 
 def launch(target, *arguments):
@@ -114,6 +93,10 @@ def calls(log: Path) -> list:
 # --- JobSet --------------------------------------------------------------------------------------
 
 
+def pod_of(job_set):
+    return job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
 def manifests(capsys, *arguments):
     out = dry_run(capsys, "jobset", *TARGETS["jobset"], *arguments)
     config, job_set = yaml.safe_load_all(out)
@@ -143,7 +126,7 @@ def test_the_recipe_that_was_planned_is_what_runs(recipe, capsys, nothing_starts
     config, job_set = manifests(capsys, source, "train.steps=77")
     assert (config["apiVersion"], config["kind"]) == ("v1", "ConfigMap")
     assert config["metadata"]["namespace"] == job_set["metadata"]["namespace"] == "default"
-    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod = pod_of(job_set)
     (container,), (volume,) = pod["containers"], pod["volumes"]
     digest = load_recipe(source, ["train.steps=77"]).digest()
     assert volume["configMap"]["name"] == config["metadata"]["name"] == f"my-run-1-recipe-{digest[:8]}"
@@ -175,14 +158,21 @@ def outcome(job_set, exit_code=None, condition=None):
 
 def test_what_each_exit_code_does(recipe, capsys):
     _, job_set = manifests(capsys, recipe(), "--max-restarts", "4", "--grace", "300")
-    assert outcome(job_set, 2) == "FailJobSet"
+    assert outcome(job_set, 2) == outcome(job_set, 5) == "FailJobSet"
     assert outcome(job_set, 3) == "RestartJobSetAndIgnoreMaxRestarts"
     assert outcome(job_set, 3, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
     assert outcome(job_set, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
-    assert outcome(job_set, 1) == outcome(job_set, 137) == "RestartJobSet"
+    assert outcome(job_set, 1) == outcome(job_set, 4) == outcome(job_set, 137) == "RestartJobSet"
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 4
-    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] == 300
+    assert pod_of(job_set)["terminationGracePeriodSeconds"] == 300
+
+
+@pytest.mark.parametrize(("overrides", "seconds"), [([], 600), (["train.grace=77"], 77)])
+def test_the_grace_is_the_recipes_unless_given(recipe, capsys, overrides, seconds):
+    _, job_set = manifests(capsys, recipe(), *overrides)
+    assert pod_of(job_set)["terminationGracePeriodSeconds"] == seconds
+    words = shlex.split(dry_run(capsys, "xpk", recipe(), *TARGETS["xpk"], *overrides))
+    assert f"--termination-grace-period-seconds={seconds}" in words
 
 
 def test_options_of_a_jobset(recipe, capsys):
@@ -191,7 +181,7 @@ def test_options_of_a_jobset(recipe, capsys):
     assert problems(job_set) == []
     assert {m["metadata"]["namespace"] for m in (config, job_set)} == {"team"}
     assert job_set["metadata"]["name"] == "other" and config["metadata"]["name"].startswith("other-recipe-")
-    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    pod = pod_of(job_set)
     assert pod["serviceAccountName"] == "storage" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     (toleration,) = pod["tolerations"]
     assert (toleration["key"], toleration["effect"]) == ("cloud.google.com/gke-spot", "NoSchedule")
@@ -207,9 +197,10 @@ def places(value, path=()):
 
 def test_the_schema_finds_every_misspelt_key(recipe, capsys):
     """Or it would prove nothing."""
-    _, job_set = manifests(capsys, recipe(), "--spot", "--service-account", "a")
+    volumes = ["--mount", "gs://some-bucket/a=/a", "--volume", "b=/b"]
+    _, job_set = manifests(capsys, recipe(), "--spot", "--service-account", "a", *volumes)
     paths = [path for path in places(job_set) if isinstance(path[-1], str)]
-    assert len(paths) > 60
+    assert len(paths) > 75
     for path in paths:
         spoilt = copy.deepcopy(job_set)
         parent = spoilt
@@ -219,32 +210,94 @@ def test_the_schema_finds_every_misspelt_key(recipe, capsys):
         assert problems(spoilt), path
 
 
+ASKED = ["get", "jobset", "my-run-1", "-n", "default", "--ignore-not-found", "-o", "name"]
+
+
 def test_kubectl_gets_the_manifest(recipe, capsys, tmp_path):
     log = install_tool(tmp_path, "kubectl", "sys.exit(0)")
     source = recipe()
     expected = dry_run(capsys, "jobset", source, *TARGETS["jobset"])
     assert calls(log) == []
     assert launch("jobset", source, *TARGETS["jobset"]) == 0
-    assert calls(log) == [[["apply", "-f", "-"], expected]]
+    assert calls(log) == [[ASKED, ""], [["apply", "-f", "-"], expected]]
 
 
-def test_a_kubectl_that_fails(recipe, capsys, tmp_path):
-    install_tool(tmp_path, "kubectl", "sys.exit(7)")
+def test_a_name_that_is_taken(recipe, capsys, tmp_path):
+    """Nothing is applied, neither the recipe nor the JobSet."""
+    log = install_tool(tmp_path, "kubectl", "print('jobset.jobset.x-k8s.io/my-run-1')")
+    assert launch("jobset", recipe(), *TARGETS["jobset"], "--namespace", "team") == 1
+    err = capsys.readouterr().err
+    assert "JobSet my-run-1 is there already" in err and "kubectl delete jobset my-run-1 -n team. The chec" in err
+    assert "gs://bucket/run stay, and the next launch resumes" in err
+    assert [arguments[0] for arguments, _ in calls(log)] == ["get"]
+
+
+@pytest.mark.parametrize("verb", ["get", "apply"])
+def test_a_kubectl_that_fails(recipe, capsys, tmp_path, verb):
+    log = install_tool(tmp_path, "kubectl", f"sys.exit(7 if calls[-1][0] == {verb!r} else 0)")
     assert launch("jobset", recipe(), *TARGETS["jobset"]) == 1
-    assert "kubectl apply -f - failed with exit code 7" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"kubectl {verb} " in err and "failed with exit code 7" in err
+    assert calls(log)[-1][0][0] == verb
 
 
 # --- xpk -----------------------------------------------------------------------------------------
 
 
+XPK_OPTIONS = {"workload", "cluster", "tpu-type", "num-slices", "docker-image", "max-restarts", "restart-on-exit-codes",
+               "termination-grace-period-seconds", "command", "project", "zone"}  # fmt: skip
+"""Those of `xpk workload create` in xpk 1.0 and 1.16 that take a value and are of use here; `--spot` takes none."""
+
+XPK_RESTARTS = {42, *range(127, 256)}
+"""Exit codes with which its JobSet starts anew, beside those of --restart-on-exit-codes; others fail it at once."""
+
+
+def read_xpk(words):
+    """The options, as xpk's own parser takes them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    for name in XPK_OPTIONS:
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--spot", action="store_true")
+    assert words[:3] == ["xpk", "workload", "create"]
+    found, unknown = parser.parse_known_args(words[3:])
+    assert unknown == []
+    return found
+
+
 @pytest.mark.parametrize("topology", SLICES)
 def test_xpk_is_asked_for_the_slices(recipe, capsys, nothing_starts, topology):
-    slices, *_, accelerator_type, _ = SLICES[topology]
+    slices, *_, tpu_type, _ = SLICES[topology]
     out = dry_run(capsys, "xpk", recipe(topology), *TARGETS["xpk"])
-    words = shlex.split(out)
-    assert out.count("\n") == 1 and words[:3] == ["xpk", "workload", "create"]
-    assert f"--tpu-type={accelerator_type}" in words and f"--num-slices={slices}" in words
-    assert {"--workload=my-run-1", "--cluster=c", "--docker-image=registry/fathom:1"} <= set(words)
+    assert out.count("\n") == 1
+    found = read_xpk(shlex.split(out))
+    assert (found.tpu_type, found.num_slices) == (tpu_type, str(slices))
+    assert (found.workload, found.cluster, found.docker_image) == ("my-run-1", "c", "registry/fathom:1")
+    restarts = XPK_RESTARTS | {int(code) for code in found.restart_on_exit_codes.split(",")}
+    assert restarts & set(range(1, 10)) == {1, 3, 4}  # not 2 and 5, which would come again
+
+
+@pytest.mark.parametrize(
+    ("topology", "known"),
+    [
+        ("v5p:4x4x32", "v5p-4x4x32"),
+        ("v5p:16x20x28", "v5p-16x20x28"),  # 140 cubes of 64, the most
+        ("v5p:20x20x24", "knows no slice 20x20x24 of TPU v5p; use --on jobset"),
+        ("v5p:2x2x6", "knows no slice 2x2x6 of TPU v5p; use --on jobset"),
+        ("v5p:8x4x4", "knows no slice 8x4x4 of TPU v5p; give --topology v5p:4x4x8, its sides in rising order"),
+        ("2*v5p:8x4x4", "give --topology 2*v5p:4x4x8"),
+        ("v4:8x4x4", "v4-8x4x4"),
+        ("v5e:2x2", "knows no slice 2x2 of TPU v5e; use --on jobset"),
+        ("v6e:2x2", "v6e-2x2"),
+        ("v6e:8x4", "give --topology v6e:4x8"),
+        ("tpu7x:1x1x1", "tpu7x-1x1x1"),
+    ],
+)
+def test_names_that_xpk_has_for_slices(topology, known):
+    if "-" in known.split(";")[0].split()[0]:
+        assert xpk.tpu_type(parse_topology(topology)) == known
+    else:
+        with pytest.raises(ArgumentProblem, match=re.escape(known)):
+            xpk.tpu_type(parse_topology(topology))
 
 
 def in_shell(command, folder):
@@ -257,10 +310,10 @@ def test_what_xpk_runs(recipe, capsys, tmp_path, monkeypatch):
     source = recipe()
     options = ["--project", "p", "--zone", "z", "--spot", "--max-restarts", "2", "--grace", "90"]
     words = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"], *options, "train.steps=9"))
-    wanted = {"--project=p", "--zone=z", "--spot", "--max-restarts=2", "--termination-grace-period-seconds=90"}
-    assert wanted <= set(words)
-    (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
-    write, _, run = command.partition(" && ")
+    found = read_xpk(words)
+    assert (found.project, found.zone, found.spot, found.max_restarts) == ("p", "z", True, "2")
+    assert found.termination_grace_period_seconds == "90"
+    write, _, run = found.command.partition(" && ")
     assert run == "exec python -m fathom train /tmp/fathom-recipe.yaml"
     in_shell(write.replace("/tmp/", ""), tmp_path)
     assert load_recipe(tmp_path / "fathom-recipe.yaml") == load_recipe(source, ["train.steps=9"])
@@ -378,6 +431,17 @@ def test_a_missing_tool_is_one_clear_error(recipe, capsys, nothing_starts, targe
         (["checkpoint.directory=null"], "checkpoint.directory: found 'runs/my.Run_1/checkpoints', a folder of each"),
         (["mesh.data=16", "train.stepz=3"], "train.stepz"),
         (["data.batch_size=63"], "data.batch_size: found 63; expected a multiple of 64"),
+        (["train.grace=0"], "train.grace: found 0; expected greater than or equal to 1"),
+        (["data.path=text"], "data.path: found 'text', a relative path; expected the absolute path of a file or"),
+        (["data.path=s3://b/text"], "data.path: found 's3://b/text', which is remote; expected the absolute path"),
+        (["model.init=runs/a"], "model.init: found 'runs/a', a relative path, which is another on each host"),
+        (["data.tokenizer=a/t.json"], "data.tokenizer: found 'a/t.json', a relative path, which is another on each"),
+        (["model.init=gs://BUCKET/a"], "model.init: found 'gs://BUCKET/a', a placeholder; expected a bucket of yours"),
+        (["checkpoint.directory=gs://BUCKET/a"], "replace it in the recipe, or give checkpoint.directory=..."),
+        (
+            ["stages=[{until: 5}, {until: 10, data: {path: gs://b/t}}]"],
+            "stages.1: data.path: found 'gs://b/t', which is remote",
+        ),
     ],
 )
 def test_what_does_not_fit_together(recipe, capsys, nothing_starts, target, arguments, words):

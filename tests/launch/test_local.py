@@ -337,12 +337,6 @@ def recipe_file(tmp_path, monkeypatch):
     return write_recipe(tmp_path, changed(SMALL, {"mesh.simulated_devices": 8}))
 
 
-@pytest.fixture
-def nothing_starts(monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("something was started"))
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("something was started"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

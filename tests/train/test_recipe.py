@@ -470,6 +470,7 @@ def test_safe_changes():
         train__spike={"factor": 9.0, "window": 30, "max_rollbacks": 1},
         train__anticipatory_routing={"delay": 3, "always": True, "after_spike": 5},
         train__watchdog=9.0,
+        train__grace=9,
         train__compilation_cache="/elsewhere",
     )
     assert compare_for_resume(recipe_with().to_dict(), new) == []

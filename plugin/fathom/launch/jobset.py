@@ -1,11 +1,13 @@
 """A JobSet manifest for GKE: one Job for each slice, one pod for each host, and the recipe beside them.
 
-What the exit codes of `fathom train` do: 2 (the recipe is wrong) fails the JobSet at once; 3 (saved and stopped) and a
-pod that lost its node start everything anew, as often as that happens; any other does up to `max_restarts` times. A Job
-fails with its first pod, and its message names the rule of `podFailurePolicy` that the pod met; the JobSet's rules look
-for that number (`onJobFailureMessagePatterns`: JobSet 0.10.1 or newer).
+What the exit codes of `fathom train` do: 2 (the recipe is wrong) and 5 (the same would happen again) fail the JobSet at
+once; 3 (saved and stopped) and a pod that lost its node start everything anew, as often as that happens; any other, 1
+and 4 (the watchdog) among them, does up to `max_restarts` times. A Job fails with its first pod, and its message names
+the rule of `podFailurePolicy` that the pod met; the JobSet's rules look for that number
+(`onJobFailureMessagePatterns`: JobSet 0.10.1 or newer).
 
-A JobSet that has ended stays; another launch under its name needs `kubectl delete jobset NAME` first, and resumes.
+A JobSet that has ended stays, and cannot be changed: `kubectl apply` of the same does nothing, of another is refused
+after the recipe was stored. So a launch under the name of one that is there stops before anything is applied.
 
 Pods find each other by what GKE puts into their environment (TPU_WORKER_HOSTNAMES, and MEGASCALE_* for several slices)
 through the headless service that JobSet makes. There is no liveness probe: a pod whose training hangs looks alive to
@@ -22,17 +24,17 @@ from typing import Any
 import yaml
 
 from fathom.cli_problem import ArgumentProblem
-from fathom.launch.plan import NAME, Plan, find_tool, run_tool
+from fathom.launch.plan import NAME, LaunchError, Plan, ask_tool, find_tool, run_tool
+from fathom.launch.volumes import POD_ANNOTATIONS, RECIPE_FOLDER
 from fathom.topology import Topology
 
 JOB = "slice"
-RECIPE_FOLDER = "/etc/fathom"
 RECIPE_FILE = "recipe.yaml"
 PORTS = {"jax": 8476, "tpu": 8471, "megascale": 8080}
 """The coordinator of jax, the TPU runtime, the coordinator of several slices: their defaults, declared for readers."""
 
 POD_RULES: tuple[tuple[str, Mapping[str, Any], str], ...] = (
-    ("badRecipe", {"onExitCodes": {"containerName": "train", "operator": "In", "values": [2]}}, "FailJobSet"),
+    ("hopeless", {"onExitCodes": {"containerName": "train", "operator": "In", "values": [2, 5]}}, "FailJobSet"),
     (
         "savedAndStopped",
         {"onExitCodes": {"containerName": "train", "operator": "In", "values": [3]}},
@@ -53,8 +55,9 @@ class Options:
 
     Attributes:
       image: of the container, with fathom in it. namespace: of everything in the manifest.
-      max_restarts: after failures that are neither the recipe's nor a lost node's.
-      grace: seconds between SIGTERM and SIGKILL: a step and a save must fit.
+      max_restarts: after failures that may not come again and are no lost node's.
+      grace: seconds between SIGTERM and SIGKILL, into which the rest of a step, one more, and a save must fit; the
+        recipe's `train.grace` unless given. A spot node that is taken away leaves its pods some 15 of them.
       service_account: of Kubernetes, for access to storage. None is the namespace's default.
       spot: ask for nodes that may be taken away.
     """
@@ -62,7 +65,7 @@ class Options:
     image: str
     namespace: str = "default"
     max_restarts: int = 10
-    grace: int = 600
+    grace: int | None = None
     service_account: str | None = None
     spot: bool = False
 
@@ -101,7 +104,7 @@ def text(plan: Plan, options: Options) -> str:
                 {
                     "name": JOB,
                     "replicas": plan.topology.slices,
-                    "template": {"spec": _job(plan.topology, options, name)},
+                    "template": {"spec": _job(plan, options, name)},
                 }
             ],
         },
@@ -130,7 +133,23 @@ def _jobset_rules() -> list[dict[str, Any]]:
     ]
 
 
-def _job(topology: Topology, options: Options, config_map: str) -> dict[str, Any]:
+def _job(plan: Plan, options: Options, config_map: str) -> dict[str, Any]:
+    hosts = plan.topology.hosts_per_slice
+    template: dict[str, Any] = {"spec": _pod(plan, options, config_map)}
+    if any(volume.is_bucket for volume in plan.volumes):
+        template = {"metadata": {"annotations": dict(POD_ANNOTATIONS)}, **template}
+    return {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", **rule} for _, rule, _ in POD_RULES]},
+        "template": template,
+    }
+
+
+def _pod(plan: Plan, options: Options, config_map: str) -> dict[str, Any]:
+    topology = plan.topology
     selector = {
         "cloud.google.com/gke-tpu-accelerator": topology.generation.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": "x".join(map(str, topology.shape)),
@@ -145,6 +164,7 @@ def _job(topology: Topology, options: Options, config_map: str) -> dict[str, Any
     if options.service_account is not None:
         pod["serviceAccountName"] = options.service_account
     chips = {"google.com/tpu": topology.chips_per_host}
+    named = {f"volume-{number}": volume for number, volume in enumerate(plan.volumes)}
     container = {
         "name": "train",
         "image": options.image,
@@ -152,23 +172,21 @@ def _job(topology: Topology, options: Options, config_map: str) -> dict[str, Any
         "command": ["python", "-m", "fathom", "train", f"{RECIPE_FOLDER}/{RECIPE_FILE}"],
         "ports": [{"name": name, "containerPort": port} for name, port in PORTS.items()],
         "resources": {"requests": dict(chips), "limits": dict(chips)},
-        "volumeMounts": [{"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True}],
+        "volumeMounts": [
+            {"name": "recipe", "mountPath": RECIPE_FOLDER, "readOnly": True},
+            *(volume.mount(name) for name, volume in named.items()),
+        ],
     }
-    pod |= {
+    return pod | {
         "restartPolicy": "Never",  # what podFailurePolicy asks for; a host alone could not join the others again
-        "terminationGracePeriodSeconds": options.grace,
+        "terminationGracePeriodSeconds": plan.grace(options.grace),
         # Else Python is process 1, to which SIGTERM does nothing until the training listens for it.
         "shareProcessNamespace": True,
         "containers": [container],
-        "volumes": [{"name": "recipe", "configMap": {"name": config_map}}],
-    }
-    return {
-        "parallelism": topology.hosts_per_slice,
-        "completions": topology.hosts_per_slice,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [{"action": "FailJob", **rule} for _, rule, _ in POD_RULES]},
-        "template": {"spec": pod},
+        "volumes": [
+            {"name": "recipe", "configMap": {"name": config_map}},
+            *(volume.manifest(name) for name, volume in named.items()),
+        ],
     }
 
 
@@ -193,10 +211,17 @@ def check(plan: Plan, options: Options) -> None:
 
 
 def run(plan: Plan, options: Options) -> None:
-    """Gives the manifest to kubectl.
+    """Gives the manifest to kubectl, unless a JobSet of that name is there.
 
     Raises:
-      MissingToolError, LaunchError: when it is not there, or fails.
+      MissingToolError, LaunchError: when kubectl is not there, or fails; when the name is taken.
     """
     kubectl = find_tool("kubectl", "install it: gcloud components install kubectl")
+    where = ["jobset", plan.name, "-n", options.namespace]
+    if ask_tool([kubectl, "get", *where, "--ignore-not-found", "-o", "name"]):
+        raise LaunchError(
+            f"JobSet {plan.name} is there already, running or ended, and nothing was launched; to launch again: "
+            f"kubectl delete {' '.join(where)}. The checkpoints in {plan.recipe.checkpoint_dir} stay, and the next "
+            "launch resumes from the newest"
+        )
     run_tool([kubectl, "apply", "-f", "-"], stdin=text(plan, options))

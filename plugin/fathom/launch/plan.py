@@ -11,9 +11,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from fathom.cli_problem import ArgumentProblem
+from fathom.launch import checks
+from fathom.launch.volumes import Volume
 from fathom.recipe import Recipe, load_recipe
-from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_elsewhere
 from fathom.topology import EXAMPLE, Topology, TopologyError, parse_topology
 
 NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
@@ -30,13 +30,18 @@ class Plan:
 
     Attributes:
       recipe: resolved, overrides applied. topology: the slices. name: of the workload.
-      notes: what the user should know before it runs, one sentence each.
+      notes: what the user should know before it runs, one sentence each. volumes: what its hosts mount.
     """
 
     recipe: Recipe
     topology: Topology
     name: str
     notes: tuple[str, ...] = ()
+    volumes: tuple[Volume, ...] = ()
+
+    def grace(self, given: int | None) -> int:
+        """Seconds from SIGTERM to SIGKILL: those given, else the recipe's."""
+        return self.recipe.train.grace if given is None else given
 
     @property
     def recipe_yaml(self) -> str:
@@ -58,6 +63,7 @@ def make_plan(
     hosts: int | None = None,
     name: str | None = None,
     longest_name: Callable[[Topology], int] = lambda topology: 63,
+    volumes: Sequence[Volume] = (),
 ) -> Plan:
     """The plan of a recipe for a cluster.
 
@@ -65,7 +71,7 @@ def make_plan(
       source, overrides: see `load_recipe`. target: where to, for the texts of errors.
       topology: in place of the recipe's `mesh.topology`. hosts: how many the caller counts on, to be checked.
       name: of the workload, made from the recipe's name unless given. longest_name: of those that the target takes, in
-        characters.
+        characters. volumes: what its hosts mount.
 
     Raises:
       ArgumentProblem: for a topology, a number of hosts or a name that does not fit.
@@ -84,13 +90,14 @@ def make_plan(
             f"or mesh.topology in the recipe, {EXAMPLE}"
         )
     slices = parse_topology(recipe.mesh.topology)
-    _check_recipe(recipe, slices, target)
+    checks.check_recipe(recipe, slices, target, volumes)
     if hosts is not None and hosts != slices.hosts:
         raise ArgumentProblem(
             f"--hosts is {hosts}, and {slices} has {slices.hosts}: {slices.slices} x {slices.hosts_per_slice} of "
             f"{slices.chips_per_host} chips each; leave --hosts out, or name the slice that has {hosts}"
         )
-    return Plan(recipe, slices, check_name(name, recipe.name, longest_name(slices)), tuple(_notes(recipe, slices)))
+    chosen = check_name(name, recipe.name, longest_name(slices))
+    return Plan(recipe, slices, chosen, tuple(checks.notes(recipe, slices, target, volumes)), tuple(volumes))
 
 
 def check_name(name: str | None, recipe_name: str, longest: int) -> str:
@@ -103,46 +110,6 @@ def check_name(name: str | None, recipe_name: str, longest: int) -> str:
         f"{origin} is {chosen!r} ({len(chosen)} characters), expected at most {longest} lower-case letters, digits and "
         "'-', a letter first and no '-' last; give --name"
     )
-
-
-def _check_recipe(recipe: Recipe, slices: Topology, target: str) -> None:
-    problems = check_elsewhere(recipe, slices.devices)
-    if recipe.mesh.simulated_devices is not None:
-        found, expected = f"{recipe.mesh.simulated_devices}, for --on {target}", "nothing: the devices are the slice's"
-        problems.append(Problem("mesh.simulated_devices", found, expected, "add mesh.simulated_devices=null"))
-    if "://" in recipe.data.location:
-        problems.append(
-            Problem(
-                "data.path",
-                f"{recipe.data.location!r}, which is remote",
-                "a file or folder that every host has: data is read as local files",
-                "mount or copy it on the hosts, and add data.path=/the/place/there",
-            )
-        )
-    directory = recipe.checkpoint_dir
-    if "://" not in directory and not directory.startswith("/"):
-        problems.append(
-            Problem(
-                "checkpoint.directory",
-                f"{directory!r}, a folder of each host by itself, gone when the host is",
-                "a place that all hosts reach: gs://..., or the absolute path of a shared mount",
-                "add checkpoint.directory=gs://BUCKET/FOLDER",
-            )
-        )
-    if problems:
-        raise RecipeError(problems, recipe.name)
-
-
-def _notes(recipe: Recipe, slices: Topology) -> list[str]:
-    notes = []
-    notes.append(f"data.path {recipe.data.location} must exist on every host")
-    if recipe.train.max_runtime is not None:
-        notes.append("train.max_runtime ends with exit code 3, which restarts a run: it limits each start, not the sum")
-    if slices.slices > 1 and recipe.mesh.data % slices.slices:
-        notes.append(
-            f"mesh.data {recipe.mesh.data} is no multiple of the {slices.slices} slices: other axes cross the network"
-        )
-    return notes
 
 
 def find_tool(name: str, how: str) -> str:
@@ -167,13 +134,28 @@ def run_tool(command: Sequence[str], stdin: str | None = None) -> None:
     """Runs a command to its end, its output going where ours goes.
 
     Raises:
-      RuntimeError: naming the command, when it fails.
+      LaunchError: naming the command, when it fails.
     """
     done = subprocess.run(command, input=stdin, text=True, check=False)
     if done.returncode:
-        shown = shlex.join(command)
-        raise LaunchError(f"{shown[:300]} failed with exit code {done.returncode}; its own message is above")
+        raise LaunchError(_failed(command, done.returncode))
+
+
+def ask_tool(command: Sequence[str]) -> str:
+    """What a command prints.
+
+    Raises:
+      LaunchError: naming the command, when it fails.
+    """
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(_failed(command, done.returncode))
+    return done.stdout.strip()
+
+
+def _failed(command: Sequence[str], code: int) -> str:
+    return f"{shlex.join(command)[:300]} failed with exit code {code}; its own message is above"
 
 
 class LaunchError(RuntimeError):
-    """A program that was started to launch the recipe has failed."""
+    """A program that was started to launch the recipe has failed, or what it was to make is there already."""

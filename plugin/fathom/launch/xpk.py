@@ -1,21 +1,36 @@
-"""One `xpk workload create`, which makes and applies a JobSet of its own.
+"""One `xpk workload create`, which makes and applies a JobSet of its own; for xpk 1.0 or newer.
 
 xpk runs the command in a shell that it signals; `exec` puts Python in the shell's place, so that SIGTERM reaches it.
-xpk does not tell exit codes apart: with `--restart-on-user-code-failure`, code 3 (saved and stopped) restarts, up to
-`--max-restarts` times, and so does any other, 2 (the recipe is wrong) included. Of several shapes with as many chips
-xpk takes its own.
+Its JobSet fails at once for all exit codes but those of `RESTARTING`, 42 and 127 to 255 (ended by a signal), with which
+it starts anew up to `--max-restarts` times: code 3 (saved and stopped) is counted as well. 2 (the recipe is wrong) and
+5 (the same would happen again) are not among them. Data and run folders come from storages that the cluster mounts into
+every workload (`xpk storage attach`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 
+from fathom.cli_problem import ArgumentProblem
 from fathom.launch import jobset
 from fathom.launch.plan import Plan, find_tool, run_tool
 from fathom.topology import Topology
 
 RECIPE = "/tmp/fathom-recipe.yaml"
+RESTARTING = (1, 3, 4)
+"""Exit codes of `fathom train` after which a restart may help: failed, saved and stopped, ended by the watchdog."""
+
+FLAT_SHAPES = {
+    "v5e": ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+SMALL_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+MOST_CUBES = {"v4": 64, "v5p": 140, "tpu7x": 144}
+"""The slices that xpk knows: flat ones by name, others small or made of so many cubes of 4x4x4."""
+
+LONGEST_SIDE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +40,8 @@ class Options:
     Attributes:
       image: of the container, with fathom in it. cluster, project, zone: where; the last two as xpk has them, unless
         given.
-      max_restarts: after any failure. grace: seconds between SIGTERM and SIGKILL. spot: take preemptible capacity.
+      max_restarts: after all that restarts. grace: seconds between SIGTERM and SIGKILL, into which the rest of a step,
+        one more, and a save must fit; the recipe's `train.grace` unless given. spot: take preemptible capacity.
     """
 
     image: str
@@ -33,7 +49,7 @@ class Options:
     project: str | None = None
     zone: str | None = None
     max_restarts: int = 10
-    grace: int = 600
+    grace: int | None = None
     spot: bool = False
 
 
@@ -43,8 +59,39 @@ def longest_name(topology: Topology) -> int:
 
 
 def check(plan: Plan, options: Options) -> None:
-    """ArgumentProblem for slices that GKE does not join."""
+    """ArgumentProblem for slices that GKE does not join, or that xpk has no name for."""
     jobset.check_slices(plan.topology)
+    tpu_type(plan.topology)
+
+
+def tpu_type(topology: Topology) -> str:
+    """xpk's name of a slice of this very shape, "v5p-4x4x32": a number of chips would be xpk's choice of shapes.
+
+    Raises:
+      ArgumentProblem: for a shape that xpk does not know.
+    """
+    shape = "x".join(map(str, topology.shape))
+    if _is_known(topology.generation.name, topology.shape):
+        return f"{topology.generation.cloud_prefix}-{shape}"
+    label, ordered = topology.generation.label, tuple(sorted(topology.shape))
+    fix = "use --on jobset, or another --topology"
+    if _is_known(topology.generation.name, ordered):
+        fix = f"give --topology {topology.generation.name}:{'x'.join(map(str, ordered))}, its sides in rising order"
+        fix = fix.replace("--topology ", f"--topology {topology.slices}*" if topology.slices > 1 else "--topology ")
+    raise ArgumentProblem(f"{topology}: xpk knows no slice {shape} of {label}; {fix}")
+
+
+def _is_known(generation: str, shape: tuple[int, ...]) -> bool:
+    text = "x".join(map(str, shape))
+    if generation in FLAT_SHAPES:
+        return text in FLAT_SHAPES[generation]
+    if text in SMALL_SHAPES or (generation == "tpu7x" and text == "1x1x1"):
+        return True
+    if any(side % 4 or not 4 <= side <= LONGEST_SIDE for side in shape):
+        return False
+    if generation != "v4" and list(shape) != sorted(shape):
+        return False
+    return math.prod(shape) // 64 <= MOST_CUBES[generation]
 
 
 def command(plan: Plan, options: Options) -> list[str]:
@@ -56,12 +103,12 @@ def command(plan: Plan, options: Options) -> list[str]:
         "create",
         f"--workload={plan.name}",
         f"--cluster={options.cluster}",
-        f"--tpu-type={plan.topology.accelerator_type}",
+        f"--tpu-type={tpu_type(plan.topology)}",
         f"--num-slices={plan.topology.slices}",
         f"--docker-image={options.image}",
         f"--max-restarts={options.max_restarts}",
-        "--restart-on-user-code-failure",
-        f"--termination-grace-period-seconds={options.grace}",
+        f"--restart-on-exit-codes={','.join(map(str, RESTARTING))}",
+        f"--termination-grace-period-seconds={plan.grace(options.grace)}",
         f"--command={train}",
     ]
     words += [f"--{name}={value}" for name in ("project", "zone") if (value := getattr(options, name))]
