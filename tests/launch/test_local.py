@@ -210,6 +210,7 @@ def test_output_names_its_process(pretend, capfd):
         ("sys.exit(3)", 3, ""),
         ("sys.exit(0 if i else 3)", 3, ""),
         ("sys.exit(2)", 2, "failed with exit code 2; its last lines"),
+        ("sys.exit(5)", 5, "failed with exit code 5; its last lines"),
         ("if i == 1: print('the reason'); sys.exit(1)\ntime.sleep(100)", 1, "process 1 of 3 failed with exit code 1"),
         ("if i == 2: os.kill(os.getpid(), 9)\ntime.sleep(100)", 1, "process 2 of 3 was ended by SIGKILL; its last"),
     ],

@@ -26,7 +26,7 @@ from fathom.launch.rank import LAUNCHER
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
 
-DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, PREEMPTED, INTERRUPTED = 0, 1, 3, 130
 TAIL_LINES = 15
 
 
@@ -211,7 +211,7 @@ class Processes:
             print(f"fathom launch: process {index} of {self._hosts} {how}; its last lines:", file=sys.stderr)
             for line in self._tails[index]:
                 print(f"  {line}", file=sys.stderr)
-            return BAD_INPUT if code == BAD_INPUT else FAILED
+            return code if code > 0 else FAILED
         if overdue:
             named = ", ".join(map(str, overdue))
             print(
