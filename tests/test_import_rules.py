@@ -27,6 +27,7 @@ ALLOWED = {
         "fathom.hub",
     ),
     "fathom.topology": (),
+    "fathom.recipe_checks": ("fathom.zoo",),
     "fathom.plan": (
         "fathom.plan",
         "fathom.train",

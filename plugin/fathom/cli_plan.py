@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+
+from fathom.cli_problem import ArgumentProblem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +36,13 @@ def run_plan(arguments: argparse.Namespace) -> bool:
     """Prints the plan of every stage; True when all fit.
 
     Raises:
+      ArgumentProblem: for a file that could not be written.
       RecipeError: for a recipe or a slice that is impossible. TopologyError: for a name that is none.
       PlanError: when the step does not compile for another reason than memory.
     """
+    _check_outputs(arguments)
     from fathom.plan.planner import plan
+    from fathom.plan.report import stages_text
     from fathom.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -59,4 +65,38 @@ def run_plan(arguments: argparse.Namespace) -> bool:
         if arguments.picture:
             path = Path(arguments.picture)
             report.draw(path if len(reports) == 1 else path.with_stem(f"{path.stem}-{len(reports)}"))
+    if len(reports) > 1:
+        print("\n" + stages_text(reports))
     return all(report.fits for report in reports)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """ArgumentProblem naming every output that could not be written: compiling takes minutes."""
+    problems = []
+    for option, text in (("--json", arguments.json), ("--picture", arguments.picture)):
+        if text is not None:
+            problem = _output_problem(Path(text)) or (_picture_problem(Path(text)) if option == "--picture" else None)
+            if problem:
+                problems.append(f"{option} {text}: {problem}")
+    if problems:
+        raise ArgumentProblem("; ".join(problems))
+
+
+def _output_problem(path: Path) -> str | None:
+    folder = path.resolve().parent
+    if path.is_dir():
+        return "found a folder, expected the name of a file"
+    if not folder.is_dir():
+        return f"no folder {path.parent}, expected one that exists; make it first"
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        return "it cannot be written there; give another place, or change the permissions"
+    return None
+
+
+def _picture_problem(path: Path) -> str | None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(set(FigureCanvasBase.get_supported_filetypes()) - {"pgf"})  # which needs LaTeX
+    if path.suffix[1:].lower() in known:
+        return None
+    return f"found suffix {path.suffix!r}, expected one of .{', .'.join(known)}; for example {path.stem}.png"

@@ -30,11 +30,11 @@ from fathom.recipe_blocks import (
 from fathom.recipe_checks import (
     Problem,
     RecipeError,
-    cross_problems,
     flatten,
     model_spec,
     schema_problems,
 )
+from fathom.recipe_combinations import cross_problems
 from fathom.recipe_files import apply_overrides, find_recipe, read_with_base
 from fathom.recipe_stages import check_stages, stage_recipes
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from fathom.recipe_blocks import CHAT_DEFAULTS
-from fathom.recipe_checks import Problem, RecipeError, cross_problems, nearest, schema_problems
+from fathom.recipe_checks import Problem, RecipeError, nearest, schema_problems
+from fathom.recipe_combinations import cross_problems
 from fathom.recipe_files import merged
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -27,24 +28,35 @@ def mesh():
     return make_mesh(SHAPE, topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices)
 
 
-def traffic_of(mesh, exchange):
+SLICES_SHAPE = {"data": 2, "fsdp": 4, "expert": 2, "tensor": 1, "context": 1}
+ACROSS = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1, "context": 1}
+
+
+@pytest.fixture(scope="module")
+def slices():
+    """Four slices of four chips."""
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=4)
+    return make_mesh(SLICES_SHAPE, found.devices)
+
+
+def traffic_of(mesh, exchange, **options):
     """The collectives of TRIPS runs of an exchange of a device's [ROWS, WIDTH]."""
 
     def body(x, _):
         # Nothing may be merged, moved out of the loop or taken together.
         return jnp.tanh(exchange(jnp.sin(x))), None
 
-    spec = P(("fsdp", "expert"))
+    spec = P(mesh.axis_names)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     def step(x):
         return jax.lax.scan(body, x, None, length=TRIPS)[0]
 
-    x = jax.ShapeDtypeStruct((8 * ROWS, WIDTH), jnp.float32)
-    sharding = jax.sharding.NamedSharding(mesh, P(("fsdp", "expert")))
+    x = jax.ShapeDtypeStruct((mesh.size * ROWS, WIDTH), jnp.float32)
+    sharding = jax.sharding.NamedSharding(mesh, spec)
     compiled = jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
     module = compiled.runtime_executable().hlo_modules()[0].as_serialized_hlo_module_proto()
-    return step_traffic(parse_module(module), SHAPE)
+    return step_traffic(parse_module(module), dict(mesh.shape), **options)
 
 
 def gather(axes, x):
@@ -74,6 +86,36 @@ def scatter(axes, x):
 )
 def test_bytes_axes_and_runs(mesh, exchange, kind, axes, sent):
     assert traffic_of(mesh, exchange) == [Traffic(kind, axes, TRIPS, TRIPS * sent)]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "expected"),
+    [
+        (functools.partial(gather, "data"), [("all-gather", ("data",), SHARD, True)]),
+        (
+            functools.partial(gather, "fsdp"),
+            [("all-gather", ("fsdp",), 2 * SHARD, False), ("all-gather", ("fsdp",), SHARD, True)],
+        ),
+        (
+            lambda x: jax.lax.psum(x, ("data", "fsdp")),
+            [
+                ("all-gather", ("fsdp",), SHARD / 2, False),
+                ("all-reduce", ("data", "fsdp"), 2 * 3 / 4 * SHARD / 2, True),
+                ("reduce-scatter", ("fsdp",), SHARD / 2, False),
+            ],
+        ),
+        (lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True), [("all-to-all", ("fsdp",), SHARD / 2, True)]),
+        (
+            lambda x: jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3)]),
+            [("collective-permute", ("fsdp",), SHARD, False), ("collective-permute", ("fsdp",), SHARD / 4, True)],
+        ),
+        (lambda x: jax.lax.psum(x, "expert"), [("all-reduce", ("expert",), SHARD, False)]),
+    ],
+)
+def test_within_slices_and_between_them(slices, exchange, expected):
+    found = traffic_of(slices, exchange, across=ACROSS)
+    wanted = [Traffic(kind, axes, TRIPS, TRIPS * sent, between) for kind, axes, sent, between in expected]
+    assert sorted(found, key=dataclasses.astuple) == sorted(wanted, key=dataclasses.astuple)
 
 
 def test_a_loop_as_long_as_the_data_says_runs_as_often_as_it_is_told(mesh):

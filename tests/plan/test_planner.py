@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from fathom.cli import main
 from fathom.mesh import make_mesh, sharding_scope
 from fathom.plan import planner
 from fathom.plan.child import devices_of, step_facts
+from fathom.plan.collectives import Traffic
 from fathom.plan.compiler import compile_step
 from fathom.plan.report import PARTS, PlanReport
 from fathom.recipe import Recipe, RecipeError
@@ -21,6 +24,7 @@ from fathom.recipe_stages import stage_recipes
 from fathom.topology import GENERATIONS, TopologyError, parse_topology
 from fathom.train.step import make_program
 from fathom.zoo import get
+from tests.plan.test_roofline import crossing
 
 pytestmark = pytest.mark.xdist_group("planner")
 
@@ -130,6 +134,15 @@ def test_text_json_and_picture(report, tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_leaves_a_slice_bounds_the_step(whole):
+    two = whole.facts | {"mesh": {"data": 2, **{axis: n for axis, n in whole.facts["mesh"].items() if axis != "data"}}}
+    compiled = dataclasses.replace(whole, hlo=None, facts=two, module=crossing("ALL_GATHER", "{1,2}x{0:3}"))
+    report = planner.make_report(recipe(), "", "2*v5p:2x2x1", compiled)
+    assert report.traffic == (Traffic("all-gather", ("data",), 1.0, 1e9, between_slices=True),)
+    assert report.bound.network == pytest.approx(1e9 / GENERATIONS["v5p"].dcn_rate)
+    assert re.search(r"all-gather +data, between slices +1 +0.931\n", report.to_text())
+
+
 def test_buffers_are_known_without_machine_code(whole, report):
     early = planner.compile_report(recipe(), "", "v5p:2x2x1")
     assert not early.codegen and report.codegen
@@ -195,13 +208,77 @@ def test_a_slice_that_the_mesh_does_not_fill():
         recipe(mesh={"topology": "v6e:4x4"}).check(4)
 
 
+def small_file(folder: Path, **blocks) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(json.dumps({k: v for k, v in (SMALL | blocks).items() if k != "name"}))
+    return path
+
+
 def test_the_command_refuses_in_one_line(capsys, tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(json.dumps({k: v for k, v in SMALL.items() if k != "name"}))
+    path = small_file(tmp_path)
     assert main(["plan", str(path), "--topology", "v5p:2x2"]) == 2
     assert "2 dimensions" in capsys.readouterr().err
     assert main(["plan", str(path), "--stage", "3"]) == 2
     assert "--stage: found 3; expected 1 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "file", "said"),
+    [
+        ("--json", "missing/plan.json", "no folder .*missing, expected one that exists"),
+        ("--json", "small.yaml/plan.json", "no folder .*small.yaml, expected one that exists"),
+        ("--json", "", "found a folder, expected the name of a file"),
+        ("--picture", "missing/memory.png", "no folder .*missing"),
+        ("--picture", "memory.xyz", "found suffix '.xyz', expected one of .*.png.*; for example memory.png"),
+        ("--picture", "memory", "found suffix ''"),
+        ("--picture", "memory.pgf", "found suffix '.pgf'"),
+    ],
+)
+def test_outputs_are_checked_before_anything_is_compiled(capsys, tmp_path, monkeypatch, option, file, said):
+    path = small_file(tmp_path)
+    monkeypatch.setattr(planner, "compile_step", lambda *_, **__: pytest.fail("compiled"))
+    before = sorted(tmp_path.iterdir())
+    assert main(["plan", str(path), option, str(tmp_path / file)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"{option} .*: {said}", error) and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_both_outputs_that_cannot_be_written_are_told(capsys, tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text("[]")
+    closed = {str(tmp_path / "plan.json"), str(tmp_path / "folder")}
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) not in closed)  # root may write anywhere
+    (tmp_path / "folder").mkdir()
+    outputs = ["--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "folder" / "memory.png")]
+    assert main(["plan", str(small_file(tmp_path)), *outputs]) == 2
+    error = capsys.readouterr().err
+    assert error.count("it cannot be written there") == 2 and "--json" in error and "--picture" in error
+
+
+@pytest.mark.parametrize("fit", [(True, True, True), (True, False, True)])
+def test_stages_are_all_planned_and_told(capsys, tmp_path, monkeypatch, report, fit):
+    """One that does not fit ends nothing and makes the exit code 1."""
+    stages = [{"name": "short", "until": 2}, {"until": 5, "data": {"batch_size": 32}}, {"name": "last", "until": 10}]
+    path = small_file(tmp_path, stages=stages)
+
+    def compiled(recipe, stage, *rest):
+        fits = fit[int(stage[0]) - 1]
+        return dataclasses.replace(report, stage=stage, rows=recipe.data.batch_size, recipe=recipe.name, fits=fits)
+
+    monkeypatch.setattr(planner, "compile_report", compiled)
+    outputs = ["--no-advice", "--json", str(tmp_path / "plan.json"), "--picture", str(tmp_path / "memory.PNG")]
+    assert main(["plan", str(path), *outputs]) == (0 if all(fit) else 1)
+    told, names = capsys.readouterr().out, ["1 of 3, short", "2 of 3", "3 of 3, last"]
+    for name, rows in zip(names, (16, 32, 16), strict=True):
+        assert f"small, stage {name}: deepseek-v4-tiny, {rows} rows of 512 tokens" in told
+    end = told[told.index(f"stages: {sum(fit)} of 3 fit\n") :].splitlines()[1:]
+    assert [line.split(" GiB")[0].rpartition(" ")[0].strip() for line in end] == names
+    assert ["does NOT fit" not in line for line in end] == list(fit)
+    assert [read["stage"] for read in json.loads((tmp_path / "plan.json").read_text())] == names
+    assert {file.name for file in tmp_path.glob("*.PNG")} == {"memory.PNG", "memory-2.PNG", "memory-3.PNG"}
+    assert main(["plan", str(path), "--no-advice", "--stage", "2"]) == (0 if fit[1] else 1)
+    told = capsys.readouterr().out
+    assert "stage 2 of 3:" in told and "stage 1" not in told and "stages:" not in told
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("tiny")])

@@ -2,7 +2,7 @@
 
 Bytes are what one device sends, under the ring algorithms that the optimal schedules of a torus amount to; a group of g
 devices: all-gather (g - 1) x its input, reduce-scatter (g - 1) / g x its input, all-reduce twice that, all-to-all
-(g - 1) / g x its input, collective-permute its input.
+(g - 1) / g x its input, collective-permute its input. Between slices they are what at least leaves a slice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from fathom.plan.between_slices import crossing_bytes, exchange_of
 from fathom.plan.hlo_proto import NEWEST_FIELD, shape_bytes
 
 logger = logging.getLogger(__name__)
@@ -29,38 +30,46 @@ class Traffic:
     """What one kind of collective sends along one set of mesh axes.
 
     Attributes:
-      kind: "all-gather", ... axes: mesh axes whose coordinates differ within a group, e.g. ("fsdp", "expert").
-      runs: executions in a step. sent_bytes: of one device, over all of them.
+      kind: "all-gather", ... axes: mesh axes whose coordinates differ within a group, e.g. ("fsdp", "expert"); between
+        slices those that span the group's slices.
+      runs: executions in a step. sent_bytes: of one device, over all of them. between_slices: whether they leave the
+        slice.
     """
 
     kind: str
     axes: tuple[str, ...]
     runs: float
     sent_bytes: float
+    between_slices: bool = False
 
 
-def step_traffic(module: Any, mesh_shape: Mapping[str, int], loops: float = 1.0) -> list[Traffic]:
+def step_traffic(
+    module: Any, mesh_shape: Mapping[str, int], loops: float = 1.0, across: Mapping[str, int] | None = None
+) -> list[Traffic]:
     """The collectives of a compiled step, the heaviest first.
 
     Args:
       module: as `fathom.plan.hlo_proto` reads it. mesh_shape: mesh axis -> size, in the mesh's order.
       loops: how often a loop is taken to run whose number of trips depends on the data.
+      across: mesh axis -> how many slices it spans (`fathom.mesh.across_slices`); one slice unless given.
 
     Raises:
       ValueError: for groups of devices in a form that is not known here.
     """
-    walk = _Walk(module, mesh_shape, loops)
+    walk = _Walk(module, mesh_shape, loops, across or dict.fromkeys(mesh_shape, 1))
     walk.computation(module.entry_computation_id, 1.0)
-    found = [Traffic(kind, axes, runs, sent) for (kind, axes), (runs, sent) in walk.totals.items()]
+    found = [Traffic(kind, axes, *totals, between) for (kind, axes, between), totals in walk.totals.items()]
     return sorted(found, key=lambda traffic: -traffic.sent_bytes)
 
 
 class _Walk:
     """Adds up the collectives of a computation and of those that it calls."""
 
-    def __init__(self, module: Any, mesh_shape: Mapping[str, int], loops: float):
+    def __init__(self, module: Any, mesh_shape: Mapping[str, int], loops: float, across: Mapping[str, int]):
         self.computations = {c.id: c for c in module.computations}
-        self.mesh_shape, self.loops = mesh_shape, loops
+        self.loops, self.across = loops, across
+        self.devices = math.prod(mesh_shape.values())
+        self.slice_shape = {axis: size // across[axis] for axis, size in mesh_shape.items()}
         self.totals: dict[tuple, tuple[float, float]] = collections.defaultdict(lambda: (0.0, 0.0))
 
     def computation(self, number: int, times: float) -> None:
@@ -70,6 +79,8 @@ class _Walk:
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
                 self.collective(kind, instruction, by_id, computation, times)
+            elif instruction.opcode == "send":
+                self.send(instruction, by_id, times)
             called = list(instruction.called_computation_ids)
             if instruction.opcode == "while":
                 trips = trip_count(self.computations, instruction, by_id)
@@ -88,10 +99,10 @@ class _Walk:
                     self.computation(part, times)
 
     def collective(self, kind: str, instruction: Any, by_id: Mapping[int, Any], computation: Any, times: float) -> None:
-        groups = _groups(instruction, math.prod(self.mesh_shape.values()))
-        axes = _axes(groups, self.mesh_shape)
+        groups = _groups(instruction, math.prod(self.slice_shape.values()))
+        axes = _axes(groups, self.slice_shape)
         size = len(groups[0])
-        given = sum(shape_bytes(by_id[i].shape) for i in instruction.operand_ids if i in by_id)
+        given = _given(instruction, by_id)
         if kind == "all-reduce" and _is_scattered(instruction, computation):
             kind = "reduce-scatter"
         share = (size - 1) / size
@@ -100,8 +111,23 @@ class _Walk:
             "all-reduce": 2 * given * share,
             "collective-permute": given,
         }.get(kind, given * share)
-        runs, total = self.totals[kind, axes]
-        self.totals[kind, axes] = runs + times, total + times * sent
+        self.add(kind, axes, False, times, sent)
+
+    def send(self, instruction: Any, by_id: Mapping[int, Any], times: float) -> None:
+        exchange = exchange_of(instruction)
+        if exchange is not None:
+            kind, groups = exchange
+            sent = crossing_bytes(kind, groups, _given(instruction, by_id), self.devices)
+            self.add(kind, _axes(groups, self.across), True, times, sent)
+
+    def add(self, kind: str, axes: tuple[str, ...], between_slices: bool, times: float, sent: float) -> None:
+        runs, total = self.totals[kind, axes, between_slices]
+        self.totals[kind, axes, between_slices] = runs + times, total + times * sent
+
+
+def _given(instruction: Any, by_id: Mapping[int, Any]) -> int:
+    """Bytes of what an instruction is given."""
+    return sum(shape_bytes(by_id[i].shape) for i in instruction.operand_ids if i in by_id)
 
 
 def _is_scattered(instruction: Any, computation: Any) -> bool:

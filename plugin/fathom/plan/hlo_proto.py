@@ -36,6 +36,8 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
     "AxisRef": {"mesh_axis_index": (1, _INTEGER, False), "sub_axis": (2, "SubAxis", False)},
     "MeshGroups": {"mesh": (1, "DeviceMesh", False), "axes": (2, "AxisRef", True)},
     "Literal": {"s32s": (4, _INTEGER, True), "s64s": (5, _INTEGER, True), "u32s": (6, _INTEGER, True)},
+    "Attribute": {"key": (1, _TEXT, False), "value": (2, _TEXT, False)},
+    "Attributes": {"map": (1, "Attribute", True)},
     "Instruction": {
         "name": (1, _TEXT, False),
         "opcode": (2, _TEXT, False),
@@ -49,6 +51,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, int | str, bool]]] = {
         "replica_groups": (49, "ReplicaGroup", True),
         "source_target_pairs": (52, "SourceTarget", True),
         "comparison_direction": (63, _TEXT, False),
+        "frontend_attributes": (68, "Attributes", False),
         "device_list": (87, "DeviceList", False),
         "iota_groups": (92, "IotaGroups", False),
         "mesh_groups": (93, "MeshGroups", False),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fathom.mesh import AXES, axes_across_slices
+from fathom.mesh import across_slices
 from fathom.plan.chip_memory import HeapUse, heap_use
 from fathom.plan.collectives import step_traffic
 from fathom.plan.compiler import Compiled, PlanError, compile_step
@@ -60,8 +60,8 @@ def plan(
     _check(recipe, where, fit, stage, len(stages))
     for number, part in enumerate(stages, 1):
         if stage in (None, number):
-            name = blocks[number - 1].name or f"{number} of {len(stages)}" if blocks else ""
-            yield _plan_stage(part, name, where, fit, codegen, advise, progress)
+            named = [f"{number} of {len(stages)}", blocks[number - 1].name] if blocks else []
+            yield _plan_stage(part, ", ".join(filter(None, named)), where, fit, codegen, advise, progress)
 
 
 def _check(recipe: Recipe, topology: str, fit: str | None, stage: int | None, count: int) -> None:
@@ -98,19 +98,17 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
     slice_ = None if topology == "cpu" else parse_topology(topology)
     facts = compiled.facts
     use = _use(compiled)
-    traffic = step_traffic(compiled.module, facts["mesh"])
+    sizes = tuple(facts["mesh"].values())
+    across = dict(zip(facts["mesh"], across_slices(sizes, slice_.slices if slice_ else 1), strict=True))
+    traffic = step_traffic(compiled.module, facts["mesh"], across=across)
     bound = None
     # A model's one formula is of sparse attention and of all weights training.
     model_flops = facts["formula_flops"] if recipe.train.stage == "sparse" else None
     if facts["expected_flops"] is not None:
         model_flops = facts["expected_flops"]["model"]
     if slice_ is not None:
-        sizes = tuple(facts["mesh"][axis] for axis in AXES)
-        bound = step_bound(
-            slice_, facts["mesh"], facts["flops"], model_flops, traffic, facts["optimizer"],
-            frozenset(axes_across_slices(AXES, sizes, slice_.slices)),
-        )  # fmt: skip
-    devices = math.prod(facts["mesh"].values())
+        bound = step_bound(slice_, facts["flops"], model_flops, traffic, facts["optimizer"])
+    devices = math.prod(sizes)
     limit = slice_.generation.hbm_bytes if slice_ else None
     return PlanReport(
         recipe=recipe.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class PlanReport:
     """Whether a recipe's step fits a slice, and what it costs at least.
 
     Attributes:
-      recipe, stage, model: names. topology: the slice, "cpu" for this machine. chips, devices, hosts: of all slices.
+      recipe, model: names. stage: its number and its name, "" where the recipe has none. topology: the slice, "cpu" for
+        this machine. chips, devices, hosts: of all slices.
       rows, sequence_length: of a step. memory: bytes of one device by `PARTS`. total: their sum; limit: what the
         compiler lets a program use, None for a CPU. fits: whether the compiler takes it.
       largest: the largest buffers when most memory is used. parameters: of the model, as the program holds them;
@@ -83,8 +85,7 @@ class PlanReport:
     def to_text(self, parameters: bool = True) -> str:
         """The report for a terminal."""
         lines = [
-            f"{self.recipe}{f', stage {self.stage}' if self.stage else ''}: {self.model}, {self.rows} rows of "
-            f"{self.sequence_length} tokens, on {self.where}",
+            f"{self.name}: {self.model}, {self.rows} rows of {self.sequence_length} tokens, on {self.where}",
             "",
             *self._memory_lines(),
             "",
@@ -102,6 +103,11 @@ class PlanReport:
         how = "compiled to machine code" if self.codegen else "compiled as far as buffers are assigned"
         lines += ["", f"traced and {how} in {self.seconds:.0f} s; nothing was run"]
         return "\n".join(lines)
+
+    @property
+    def name(self) -> str:
+        """Of the recipe, and the stage where it has some."""
+        return f"{self.recipe}, stage {self.stage}" if self.stage else self.recipe
 
     @property
     def where(self) -> str:
@@ -150,9 +156,9 @@ class PlanReport:
 
     def _traffic_lines(self) -> list[str]:
         lines = ["sent by one device in a step", f"  {'collective':20} {'along':32} {'runs':>8} {'GiB':>10}"]
-        shown = [t for t in self.traffic if t.sent_bytes >= 1e-3 * self.traffic[0].sent_bytes]
+        shown = [t for t in self.traffic if t.between_slices or t.sent_bytes >= 1e-3 * self.traffic[0].sent_bytes]
         for t in shown:
-            along = " x ".join(t.axes) or "nobody else"
+            along = (" x ".join(t.axes) or "nobody else") + (", between slices" if t.between_slices else "")
             lines.append(f"  {t.kind:20} {along:32} {t.runs:8.0f} {t.sent_bytes / GIB:10.3f}")
         total = sum(t.sent_bytes for t in self.traffic)
         return [*lines, f"  {'all':53} {sum(t.runs for t in self.traffic):8.0f} {total / GIB:10.3f}"]
@@ -173,11 +179,23 @@ class PlanReport:
         if self.limit is not None:
             axes.axvline(self.limit / GIB, color="black", linestyle="--")
             axes.text(self.limit / GIB, 0.46, f" limit {self.limit / GIB:.1f}", va="bottom", ha="right")
-        axes.set(yticks=[], xlabel="GiB of one device", title=f"{self.recipe} on {self.where}")
+        axes.set(yticks=[], xlabel="GiB of one device", title=f"{self.name} on {self.where}")
         axes.set_xlim(0, 1.02 * max(left, (self.limit or 0) / GIB))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=3, fontsize=8, frameon=False)
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
+
+
+def stages_text(reports: Sequence[PlanReport]) -> str:
+    """One line for each stage of a recipe, as the end of its plan."""
+    width = max(len(report.stage) for report in reports)
+    lines = [f"stages: {sum(report.fits for report in reports)} of {len(reports)} fit"]
+    for report in reports:
+        limit = "" if report.limit is None else f" of {report.limit / GIB:.2f}"
+        verdict = "fits" if report.fits else "does NOT fit"
+        bound = "" if report.bound is None else f", a step takes at least {report.bound.seconds:.3g} s"
+        lines.append(f"  {report.stage:{width}} {report.total / GIB:8.2f} GiB{limit}: {verdict}{bound}")
+    return "\n".join(lines)
 
 
 def parameter_lines(rows: Any) -> list[str]:

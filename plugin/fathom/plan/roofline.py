@@ -7,8 +7,7 @@ links at once, and every byte of the state read and written once. Each alone is 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fathom.plan.collectives import Traffic
 from fathom.topology import Topology
@@ -33,30 +32,23 @@ class Bound:
 
 def step_bound(
     topology: Topology,
-    mesh: Mapping[str, int],
     flops: float,
     model_flops: float | None,
     traffic: Sequence[Traffic],
     state_bytes: int,
-    across_slices: frozenset[str] = frozenset(),
 ) -> Bound:
     """The bound of one step.
 
     Args:
-      mesh: mesh axis -> size. flops: of all matrix products the program runs, recomputation included, over all devices;
-        model_flops: those of the model's formula, None where it has none for what trains. traffic: of one device.
+      flops: of all matrix products the program runs, recomputation included, over all devices; model_flops: those of
+        the model's formula, None where it has none for what trains.
+      traffic: of one device; what leaves its slice goes over the data-centre network.
       state_bytes: of one device, what is read and written once a step.
-      across_slices: mesh axes that span slices. Of a collective along one of them by g devices in n slices at least the
-        share (n - 1) / (g - 1) crosses the data-centre network, whatever the order of its exchanges.
     """
     generation = topology.generation
     per_chip = generation.devices_per_chip
     peak = topology.chips * generation.flops
-    outside = 0.0
-    for t in traffic:
-        if across_slices.intersection(t.axes):
-            group = math.prod(mesh[axis] for axis in t.axes)
-            outside += t.sent_bytes * (min(topology.slices, group) - 1) / (group - 1)
+    outside = sum(t.sent_bytes for t in traffic if t.between_slices)
     inside = sum(t.sent_bytes for t in traffic) - outside
     parts = {
         "compute": flops / peak,
