@@ -139,12 +139,14 @@ def test_a_model_that_is_too_large_is_refused_at_once(capsys, nothing_starts):
     assert "at least 46.5 GiB each, 12.8 TB in all" in err and "`fathom plan`" in err and out == ""
 
 
-def test_recipes_have_grace_for_two_steps_and_a_save():
+def test_recipes_have_grace_for_two_steps_and_a_save_and_save_within_two_hours():
     """By the bound that their first lines tell: the rest of a step, one more, and five minutes."""
     told = 0
     for name in recipe_names():
         text = (ROOT / "recipes" / f"{name}.yaml").read_text()
         if bound := re.search(r"a step takes at least ([\d.]+) s", text):
             told += 1
-            assert load_recipe(name).train.grace >= 2 * float(bound[1]) + 300, name
+            recipe, seconds = load_recipe(name), float(bound[1])
+            assert recipe.train.grace >= 2 * seconds + 300, name
+            assert recipe.checkpoint.every * seconds <= 7200, name
     assert told >= 8
