@@ -60,6 +60,11 @@ def test_the_module_runs_and_jax_stays_out_of_it():
     assert done.returncode == 0, done.stderr
 
 
+def test_inspect_asks_first_whether_it_can_write(tmp_path, capsys):
+    assert main(["inspect", "no/such/run", "--json", str(tmp_path / "none" / "report.json")]) == 2
+    assert "report.json: no folder" in capsys.readouterr().err
+
+
 def test_python_dash_m_gives_the_exit_code():
     done = subprocess.run(
         [sys.executable, "-m", "fathom", "train", "no-such-recipe"],

@@ -13,9 +13,10 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fathom import cli_convert, cli_launch, cli_plan
-from fathom.cli_problem import ArgumentProblem
+from fathom.cli_problem import ArgumentProblem, output_problem
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -199,6 +200,8 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     """fathom inspect: exit code 1 when the checkpoint has problems."""
     from fathom.cli_inspect import inspect_path
 
+    if arguments.json and (problem := output_problem(Path(arguments.json))):
+        raise ArgumentProblem(f"--json {arguments.json}: {problem}")  # before checksums of hours
     report = inspect_path(arguments.path, verify=arguments.verify)
     print(report.to_text())
     if arguments.json:

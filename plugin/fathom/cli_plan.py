@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from fathom.cli_problem import ArgumentProblem
+from fathom.cli_problem import ArgumentProblem, output_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,22 +74,11 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
     problems = []
     for option, text in (("--json", arguments.json), ("--picture", arguments.picture)):
         if text is not None:
-            problem = _output_problem(Path(text)) or (_picture_problem(Path(text)) if option == "--picture" else None)
+            problem = output_problem(Path(text)) or (_picture_problem(Path(text)) if option == "--picture" else None)
             if problem:
                 problems.append(f"{option} {text}: {problem}")
     if problems:
         raise ArgumentProblem("; ".join(problems))
-
-
-def _output_problem(path: Path) -> str | None:
-    folder = path.resolve().parent
-    if path.is_dir():
-        return "found a folder, expected the name of a file"
-    if not folder.is_dir():
-        return f"no folder {path.parent}, expected one that exists; make it first"
-    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        return "it cannot be written there; give another place, or change the permissions"
-    return None
 
 
 def _picture_problem(path: Path) -> str | None:
