@@ -366,7 +366,7 @@ def test_a_missing_tool_is_one_clear_error(recipe, capsys, nothing_starts, targe
     [
         (["--topology", "v9:2x2"], "--topology: topology 'v9:2x2': found generation 'v9', expected one of v4, v5e"),
         (["--topology", "8x8"], "--topology: topology: found '8x8', expected a generation and its chips"),
-        (["--topology", "v5p:3x4x4"], "hosts of 2x2x1 chips do not fill it; the next larger that they do is v5p:4x4x4"),
+        (["--topology", "v5p:3x4x4"], "3x4x4, which is no slice of TPU v5p; expected 2x2x1, "),
         (["mesh.topology=v5p:4x4"], "found 2 dimensions, TPU v5p has 3"),
         (["--topology", "v6e:4x4"], "mesh.topology: found v6e:4x4, of 16 devices; expected a slice of 64 devices"),
         (["mesh.topology=null"], "needs to know the slice, and recipe my.Run_1 has no mesh.topology; give --topology"),
