@@ -46,7 +46,12 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cluster", help="GKE cluster (xpk)")
     sub.add_argument("--project", help="of Google Cloud (tpu-vm, xpk)")
     sub.add_argument("--zone", help="of Google Cloud (tpu-vm, xpk)")
-    sub.add_argument("--install", help="shell command that installs fathom on a host (tpu-vm)")
+    sub.add_argument(
+        "--install",
+        metavar="WHAT",
+        help="what uv installs on the hosts: a wheel here, git+https://..., or a requirement (tpu-vm; unless given "
+        "fathom-jax[tpu], which needs fathom-jax on a package index)",
+    )
     sub.add_argument("--runtime", help="image of the hosts (tpu-vm; that of the generation)")
     sub.add_argument("--spot", action="store_true", default=None, help="capacity that may be taken away")
     sub.add_argument("--reserved", action="store_true", default=None, help="capacity of a reservation (tpu-vm)")

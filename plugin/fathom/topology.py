@@ -10,8 +10,16 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterator
 
 GIB = 2**30
+
+PLANE = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+"""All slices of generations with a torus of two dimensions."""
+PARTS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Slices smaller than a cube, of generations with three dimensions."""
+CUBE = 4
+"""Chips along each dimension of a cube; larger slices are of whole cubes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Generation:
         dcn_rate: bytes per second of a chip: memory, all links of the torus one way, the data-centre network.
       gke_accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
       cloud_prefix, cloud_units: an accelerator type is prefix + "-" + chips x units ("v5p-1024" counts cores).
+      listed: shapes that the documentation lists one by one. largest: chips of the largest slice of whole cubes, of
+        which any ascending shape exists; 0 where there are none.
       chip_config: the compiler's name of how the chip's cores are joined, where it has to be told.
     """
 
@@ -42,6 +52,8 @@ class Generation:
     gke_accelerator: str
     cloud_prefix: str
     cloud_units: int
+    listed: tuple[tuple[int, ...], ...]
+    largest: int
     chip_config: str | None = None
 
     @property
@@ -49,20 +61,28 @@ class Generation:
         """Chips of a host of a slice with several hosts."""
         return math.prod(self.host)
 
+    def shapes(self) -> Iterator[tuple[int, ...]]:
+        """All slices that exist: on GKE the nodes of a slice are found by its shape, spelled as Google does."""
+        yield from self.listed
+        for x in range(CUBE, self.largest, CUBE):
+            for y in range(x, self.largest // x + 1, CUBE):
+                for z in range(y, self.largest // (x * y) + 1, CUBE):
+                    yield x, y, z
+
 
 GENERATIONS = {
     g.name: g
     for g in (
         Generation("v4", "TPU v4", 1, 3, (2, 2, 1), int(30.75 * GIB), 275e12, 1228e9, 300e9, 6.25e9,
-                   "tpu-v4-podslice", "v4", 2, "megacore"),
+                   "tpu-v4-podslice", "v4", 2, PARTS, 4096, "megacore"),
         Generation("v5e", "TPU v5e", 1, 2, (2, 2), int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9,
-                   "tpu-v5-lite-podslice", "v5litepod", 1),
+                   "tpu-v5-lite-podslice", "v5litepod", 1, PLANE, 0),
         Generation("v5p", "TPU v5p", 1, 3, (2, 2, 1), int(95.73 * GIB), 459e12, 2765e9, 600e9, 6.25e9,
-                   "tpu-v5p-slice", "v5p", 2),
+                   "tpu-v5p-slice", "v5p", 2, PARTS, 6144),
         Generation("v6e", "TPU v6e", 1, 2, (2, 2), int(31.24 * GIB), 918e12, 1640e9, 400e9, 12.5e9,
-                   "tpu-v6e-slice", "v6e", 1),
+                   "tpu-v6e-slice", "v6e", 1, PLANE, 0),
         Generation("tpu7x", "TPU7x", 2, 3, (2, 2, 1), int(94.74 * GIB), 2307e12, 7380e9, 600e9, 12.5e9,
-                   "tpu7x", "tpu7x", 2),
+                   "tpu7x", "tpu7x", 2, ((1, 1, 1), *PARTS), 9216),
     )
 }  # fmt: skip
 
@@ -88,7 +108,7 @@ class Topology:
     @property
     def slice_name(self) -> str:
         """Of one slice: "v5p:8x8x8"."""
-        return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+        return f"{self.generation.name}:{_spell(self.shape)}"
 
     def __str__(self) -> str:
         return f"{self.slices}*{self.slice_name}" if self.slices > 1 else self.slice_name
@@ -130,7 +150,7 @@ def parse_topology(text: str) -> Topology:
     """Reads "v5p:8x8x8", or "2*v5p:8x8x8" for two slices.
 
     Raises:
-      TopologyError: for an unknown generation, a shape of the wrong rank, or one that hosts do not fill.
+      TopologyError: for an unknown generation, a shape of the wrong rank, or one of which there is no slice.
     """
     match = re.fullmatch(r"(?:(\d+)\s*[*]\s*)?([A-Za-z0-9]+):(\d+(?:x\d+)*)", text.strip())
     if not match:
@@ -149,11 +169,30 @@ def parse_topology(text: str) -> Topology:
             f"topology {text!r}: found {len(dims)} dimensions, {generation.label} has {generation.dimensions}, each at "
             f"least 1; write it like {name}:{example}"
         )
-    one_host = all(n <= h for n, h in zip(dims, generation.host, strict=True))
-    if not one_host and any(n % h for n, h in zip(dims, generation.host, strict=True)):
-        host = "x".join(map(str, generation.host))
-        better = "x".join(str(math.ceil(n / h) * h) for n, h in zip(dims, generation.host, strict=True))
+    if dims not in generation.shapes():
+        expected = ", ".join(_spell(shape) for shape in generation.listed)
+        if generation.largest:
+            expected += f", or multiples of {CUBE} in ascending order, at most {generation.largest} chips in all"
+        near = Topology(generation, _nearest(generation, dims), slices)
         raise TopologyError(
-            f"topology {text!r}: hosts of {host} chips do not fill it; the next larger that they do is {name}:{better}"
+            f"topology {text!r}: found {_spell(dims)}, which is no slice of {generation.label}; expected {expected}; "
+            f"did you mean {near}?"
         )
     return Topology(generation, dims, slices)
+
+
+def _nearest(generation: Generation, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The slice closest in chips, and of these in shape, whatever the order of the dimensions."""
+
+    def logarithms(shape: tuple[int, ...]) -> list[float]:
+        return [math.log(n) for n in sorted(shape)]
+
+    def distance(shape: tuple[int, ...]) -> tuple[float, float]:
+        more = abs(math.log(math.prod(shape) / math.prod(dims)))
+        return more, math.dist(logarithms(shape), logarithms(dims))
+
+    return min(generation.shapes(), key=distance)
+
+
+def _spell(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

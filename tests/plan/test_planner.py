@@ -192,7 +192,7 @@ def blank() -> PlanReport:
     [
         ("v5q:2x2x1", "generation 'v5q'.*did you mean v5p"),
         ("v5p:4x4", "2 dimensions, TPU v5p has 3"),
-        ("v5p:3x2x1", "do not fill it.*v5p:4x2x1"),
+        ("v5p:3x2x1", "found 3x2x1, which is no slice of TPU v5p.*did you mean v5p:2x2x2"),
         ("512", "expected a generation and its chips"),
     ],
 )

@@ -10,7 +10,6 @@ every workload (`xpk storage attach`).
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 
 from fathom.cli_problem import ArgumentProblem
@@ -22,15 +21,9 @@ RECIPE = "/tmp/fathom-recipe.yaml"
 RESTARTING = (1, 3, 4)
 """Exit codes of `fathom train` after which a restart may help: failed, saved and stopped, ended by the watchdog."""
 
-FLAT_SHAPES = {
-    "v5e": ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-}
-SMALL_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-MOST_CUBES = {"v4": 64, "v5p": 140, "tpu7x": 144}
-"""The slices that xpk knows: flat ones by name, others small or made of so many cubes of 4x4x4."""
-
+UNKNOWN = {"v5e": ("1x1", "2x2")}
 LONGEST_SIDE = 256
+"""Of the slices that there are, those that xpk has no name for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +63,12 @@ def tpu_type(topology: Topology) -> str:
     Raises:
       ArgumentProblem: for a shape that xpk does not know.
     """
-    shape = "x".join(map(str, topology.shape))
-    if _is_known(topology.generation.name, topology.shape):
-        return f"{topology.generation.cloud_prefix}-{shape}"
-    label, ordered = topology.generation.label, tuple(sorted(topology.shape))
-    fix = "use --on jobset, or another --topology"
-    if _is_known(topology.generation.name, ordered):
-        fix = f"give --topology {topology.generation.name}:{'x'.join(map(str, ordered))}, its sides in rising order"
-        fix = fix.replace("--topology ", f"--topology {topology.slices}*" if topology.slices > 1 else "--topology ")
-    raise ArgumentProblem(f"{topology}: xpk knows no slice {shape} of {label}; {fix}")
-
-
-def _is_known(generation: str, shape: tuple[int, ...]) -> bool:
-    text = "x".join(map(str, shape))
-    if generation in FLAT_SHAPES:
-        return text in FLAT_SHAPES[generation]
-    if text in SMALL_SHAPES or (generation == "tpu7x" and text == "1x1x1"):
-        return True
-    if any(side % 4 or not 4 <= side <= LONGEST_SIDE for side in shape):
-        return False
-    if generation != "v4" and list(shape) != sorted(shape):
-        return False
-    return math.prod(shape) // 64 <= MOST_CUBES[generation]
+    shape, generation = "x".join(map(str, topology.shape)), topology.generation
+    if shape in UNKNOWN.get(generation.name, ()) or max(topology.shape) > LONGEST_SIDE:
+        raise ArgumentProblem(
+            f"{topology}: xpk knows no slice {shape} of {generation.label}; use --on jobset, or another --topology"
+        )
+    return f"{generation.cloud_prefix}-{shape}"
 
 
 def command(plan: Plan, options: Options) -> list[str]:
