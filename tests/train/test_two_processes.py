@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def start(folder, count, **options):
             subprocess.Popen(
                 [*command, str(results[-1]), str(folder), json.dumps(options)],
                 cwd=Path(__file__).parents[2],
-                env=os.environ | (settings if count > 1 else {}),
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"} | (settings if count > 1 else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -43,10 +44,14 @@ def start(folder, count, **options):
 
 
 def finish(started, timeout=300):
-    """The results of started processes."""
+    """The results of started processes; where they hang, what each was doing."""
     processes, results = started
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # at which faulthandler tells
+        pytest.fail("\n\n".join(process.communicate()[0][-6000:] for process in processes))
     finally:
         for process in processes:
             process.kill()
