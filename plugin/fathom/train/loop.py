@@ -153,9 +153,6 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
         state, start = restore_or_init(run, resumes=spike is None)
     if run.holdout is not None:
         run.holdout.use(loader.count)
-    if spike is None:
-        with session.clock.during("compile"):
-            compile_together(run.program, stage.recipe.data.batch_size, stage.recipe.data.sequence_length)
     lost = 0
     if spike is not None:
         lost = max(spike.step - start, 0)
@@ -167,6 +164,9 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
             spike, start, lost, session.spikes.rollbacks, stage.recipe.train.spike.max_rollbacks,
         )  # fmt: skip
         session.spikes.calm_at = start + stage.recipe.train.anticipatory_routing.after_spike
+    schedule = Schedule.of(stage.recipe.train.anticipatory_routing, session.spikes.calm_at)
+    with session.clock.during("compile"):  # after a rollback what is compiled is not compiled again
+        compile_together(run.program, stage.recipe, schedule.ways(start + 1, stage.last))
     session.begin(start, lost)
     return state, start, loader.step - (start - stage.first)
 
