@@ -2,10 +2,10 @@
 
     python -m tests.train.two_processes RESULT FOLDER OPTIONS
 
-Writes what came out to RESULT, as JSON; "unguarded" of it are programs compiled outside of `compile_together`. OPTIONS is JSON: "devices" of this process; "recipe", changes for
-`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "late", seconds that its
-compiling takes longer; "poisoned": the process that reads a poisoned batch for step 8; "hinder": True for what only one
-process meets, see `hindered`.
+Writes what came out to RESULT, as JSON; "unguarded" of it are programs compiled outside of `compile_together`. OPTIONS
+is JSON: "devices" of this process; "recipe", changes for `tests.train.runs.make_recipe`; "term_step", at which SIGTERM
+reaches the second process; "late", seconds that its compiling takes longer; "poisoned": the process that reads a
+poisoned batch for step 8; "hinder": True for what only one process meets, see `hindered`.
 """
 
 import json

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from fathom.mesh import variable_axes
+from fathom.train.moments import stored_moments
 from fathom.train.muon import matrices_of, scale_by_hybrid_muon
 from fathom.train.state import path_names
 from fathom.zoo import ModelSpec
@@ -114,7 +115,7 @@ def make_optimizer(
     trainable, _ = split_frozen(spec, params, stage)
     if not jax.tree.leaves(trainable):
         raise ValueError(f"model {spec.name!r} has no trainable parameter in stage {stage!r}")
-    scale = optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype)
+    scale = stored_moments(optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps), "mu", block.momentum_dtype)
     if block.name == "muon":
         kinds = optimizer_kinds(trainable)
         if "muon" not in jax.tree.leaves(kinds):
