@@ -124,6 +124,22 @@ def poisoned(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, loss=loss)
 
 
+def told(spec: ModelSpec) -> ModelSpec:
+    """The poisoned toy, as if it had routers: their choices depend on the weights, and a little of the loss on them."""
+
+    def loss(model, batch, weights, counts):
+        value, aux = poisoned(spec).loss(model, batch, weights, counts)
+        assert batch.keys() <= {"tokens", "segment_ids", "positions", "routing"}
+        chosen = batch["routing"]["block"].mean() if "routing" in batch else 0.0
+        return value * (1 + 1e-3 * chosen), aux
+
+    def route(module, batch):
+        choice = module.embed[...][batch["tokens"]].argmax(axis=-1)
+        return {"block": choice[..., None], "scanned": choice[:, None, :, None]}
+
+    return dataclasses.replace(spec, loss=loss, route=route)
+
+
 def poison(setattr: Callable, *numbers: int) -> None:
     """Poisons some batches of the stream, counted from 1, whichever step they are read for."""
     original = data.Loader.__next__

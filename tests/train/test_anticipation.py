@@ -90,25 +90,11 @@ def test_v4_that_does_not_move_trains_the_same(tmp_path):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
 
 
-def told(spec):
-    """The model, as if it had routers."""
-
-    def loss(model, batch, weights, counts):
-        value, aux = runs.poisoned(spec).loss(model, batch, weights, counts)
-        assert batch.keys() <= {"tokens", "segment_ids", "positions", "routing"}
-        return value, aux
-
-    def route(module, batch):
-        return {"block": batch["tokens"][..., None], "scanned": batch["tokens"][:, None, :, None]}
-
-    return dataclasses.replace(spec, loss=loss, route=route)
-
-
 @pytest.fixture
 def steps_seen(monkeypatch):
     """[(step, the step whose parameters chose, or None)] of all steps that were dispatched."""
     seen, choices = [], {}
-    monkeypatch.setitem(zoo._registered, "toy-lm", told(toy_model.TOY))
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.told(toy_model.TOY))
     original = loop.make_program
 
     def make_program(recipe, mesh):

@@ -55,13 +55,13 @@ def toy(monkeypatch):
     gc.collect()
 
 
-def make(mesh, **model):
+def make(mesh, optimizer=None, **model):
     recipe = Recipe.model_validate(
         {
             "name": "toy",
             "model": {"name": "toy-lm", "dtype": "float32", **model},
             "data": {"path": "unused", "sequence_length": 16, "batch_size": 16},
-            "optimizer": {"learning_rate": 1e-2},
+            "optimizer": {"learning_rate": 1e-2, **(optimizer or {})},
             "mesh": mesh,
             "train": {"steps": 10},
         }
@@ -144,6 +144,24 @@ def test_restore_onto_another_mesh(tmp_path, made):
     restored = Checkpoints(tmp_path).restore(program.state)
     assert_same(restored.state, at_step(made[2], 3))
     assert restored.state.params["up"][...].sharding.spec[2] == "tensor"
+
+
+def test_muons_momentum_comes_back_by_name_on_another_mesh(tmp_path):
+    block = {"name": "muon", "momentum_dtype": "bfloat16"}
+    recipe, program = make({"fsdp": 8}, block)
+    state = with_noise(init_state(program, 0))
+    save_steps(tmp_path, (recipe, program, state), [3])
+    _, moved = make({"data": 2, "fsdp": 2, "tensor": 2}, block)
+    restored = Checkpoints(tmp_path).restore(moved.state)
+    assert_same(restored.state, at_step(state, 3))
+    prefix = "train/opt_state/1/inner_states"
+    dtypes = {name: leaf["dtype"] for name, leaf in restored.payload["leaves"].items() if name.startswith(prefix)}
+    adamw = {f"{prefix}/adamw/inner_state/{name}": "float32" for name in ("nu/embed", "nu/gain", "nu/temperature")}
+    assert dtypes == adamw | {
+        f"{prefix}/adamw/inner_state/count": "int32",
+        **{name.replace("/nu/", "/mu/"): "bfloat16" for name in adamw},
+        **{f"{prefix}/muon/inner_state/0/trace/{name}": "bfloat16" for name in ("up", "down")},
+    }
 
 
 def test_old_steps_go_and_chosen_ones_stay(tmp_path, made):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,10 +14,11 @@ from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_checks import RecipeError
 from fathom.recipe_stages import stage_recipes
 from fathom.step_folder import CheckpointError
-from fathom.train import loop
+from fathom.train import curriculum, loop
 from fathom.train.checkpoint import Checkpoints
 from fathom.train.loop import train
 from fathom.train.metrics import read_metrics
+from fathom.train.state import named_leaves
 from tests.train import runs, toy_model
 from tests.train.runs import history, interrupted, make_recipe, saved_arrays, steps_on_disk
 
@@ -25,6 +27,7 @@ STAGES = (
     {"until": 8, "data": {"sequence_length": 64, "batch_size": 4}, "mesh": {"fsdp": 4, "context": 2}},
     {"until": 11, "data": {"sequence_length": 128, "batch_size": 2}, "mesh": {"context": 8}},
 )
+OPTIMIZERS = ("adamw", "muon")
 CSA = {"attention_kinds": ["csa"], "compress_ratios": [4], "router_kinds": ["learned"], "num_mtp_layers": 0}
 
 
@@ -40,9 +43,10 @@ def in_stages(tmp_path, run, stages=STAGES, **changes):
     return Recipe.model_validate({**values, "stages": list(stages)})
 
 
-def test_an_interrupted_run_in_stages_equals_one_that_was_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_interrupted_run_in_stages_equals_one_that_was_not(tmp_path, monkeypatch, name):
     """Preempted inside a stage, at a border, right after one; killed in the last stage before its first save."""
-    straight, broken = in_stages(tmp_path, "straight"), in_stages(tmp_path, "broken")
+    straight, broken = (in_stages(tmp_path, run, optimizer__name=name) for run in ("straight", "broken"))
     result = train(straight)
     assert result.step == 11
     actions = {2: runs.sigterm, 4: runs.sigterm, 5: runs.sigterm, 8: runs.crash, 9: runs.crash}
@@ -86,7 +90,32 @@ def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path):
     assert again.step == 8 and steps_on_disk(again)[-2:] == [6, 8]
 
 
-def test_moments_go_on_where_training_goes_on(tmp_path):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_go_on_where_training_goes_on(tmp_path, monkeypatch, name):
+    """On another mesh; those of the toy's temperature, which does not train before the second stage, begin at zero."""
+    begun = []
+
+    def begin(program, state):
+        old = jax.device_get(named_leaves(state.opt_state))  # before its arrays are given up
+        state = own_optimizer(program, state)
+        begun.append((old, jax.device_get(named_leaves(state.opt_state))))
+        return state
+
+    own_optimizer = curriculum._with_own_optimizer
+    monkeypatch.setattr(curriculum, "_with_own_optimizer", begin)
+    stages = (
+        {"until": 3, "train": {"stage": "dense"}},
+        {"until": 4, "train": {"stage": "sparse"}, "mesh": {"fsdp": 4, "context": 2}},
+    )
+    assert train(in_stages(tmp_path, "run", stages, optimizer__name=name)).step == 4
+    ((old, new),) = begun
+    zeros = {path for path in new if path.endswith("temperature")}
+    assert zeros == new.keys() - old.keys() and len(zeros) == 2
+    for path, leaf in new.items():
+        assert np.array_equal(leaf, np.zeros(1) if path in zeros else old[path]) and (path in zeros or leaf.any()), path
+
+
+def test_what_muon_trains_in_turns(tmp_path):
     """Dense, indexer warm-up, sparse, of V4: the warm-up holds the moments of all that it does not train."""
     warm_up = {"until": 4, "train": {"stage": "indexer-warmup"}, "mesh": {"fsdp": 2, "context": 4}}
     stages = (
@@ -96,22 +125,24 @@ def test_moments_go_on_where_training_goes_on(tmp_path):
     )
     recipe = in_stages(
         tmp_path, "run", stages, model__name="deepseek-v4-tiny", model__config=CSA, data__sequence_length=64,
-        optimizer__warmup_steps=0, optimizer__decay_steps=6, optimizer__decay="linear",
+        optimizer__name="muon", optimizer__warmup_steps=0, optimizer__decay_steps=6, optimizer__decay="linear",
     )  # fmt: skip
     result = train(recipe)
     assert result.step == 6
     saved = {step: saved_arrays(result, step) for step in (2, 4, 6)}
     weights = [name for name in saved[2] if name.startswith("model/params/")]
-    moments = [name for name in saved[6] if name.endswith("indexer/wq_b/weight") and "opt_state" in name]
-    held = {name.replace("opt_state/", "opt_state/held/") for name in saved[2] if "/mu/" in name or "/nu/" in name}
-    assert len(held) > 40 and held < set(saved[4])
-    assert all(saved[4][name] == saved[2][name.replace("held/", "")] for name in held)
-    assert len(moments) == 2 and {name.replace("opt_state/", "opt_state/own/") for name in moments} < set(saved[4])
-    assert not set(moments) & set(saved[2])
+    moments = {name for name in saved[6] if "/indexer/" in name and "opt_state" in name}
+    assert {"trace", "mu", "nu"} == {"trace", "mu", "nu"} & {part for name in moments for part in name.split("/")}
+    assert {name.replace("opt_state/", "opt_state/own/") for name in moments} < saved[4].keys()
+    assert not moments & saved[2].keys()
+    kept = [name for name in saved[2] if name.startswith("train/opt_state") and name.endswith("/weight")]
+    held = {name.replace("opt_state/", "opt_state/held/"): saved[2][name] for name in kept}
+    assert len(held) > 20 and held.items() <= saved[4].items()
     # Adam's counts are those of its moments' updates, the schedule's those of the run.
+    adam = "1/inner_states/adamw/inner_state"
     count = lambda step, name: saved[step][f"train/opt_state/{name}/count"]  # noqa: E731
-    assert count(2, "1") == count(2, "3") == count(4, "own/1") == count(4, "held/1")
-    assert count(4, "own/3") == count(6, "1") != count(6, "3")
+    assert count(2, adam) == count(2, "3") == count(4, f"own/{adam}") == count(4, f"held/{adam}")
+    assert count(4, "own/3") == count(6, adam) != count(6, "3")
     for first, second, trains in ((2, 4, lambda n: "indexer" in n), (4, 6, lambda n: True)):
         for name in weights:
             assert (saved[first][name] != saved[second][name]) == trains(name), (second, name)

@@ -26,7 +26,7 @@ def optimizer_block(**changes):
     fields = dict(
         name="adamw", learning_rate=1e-2, warmup_steps=4, decay_steps=5, final_ratio=0.1,
         decay="linear", b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1, clip_norm=1.0,
-        momentum_dtype="float32",
+        momentum_dtype="float32", muon_momentum=0.95, muon_rms=0.18, muon_dtype="float32",
     )  # fmt: skip
     return types.SimpleNamespace(**{**fields, **changes})
 
@@ -37,13 +37,13 @@ def toy(monkeypatch):
     return TOY
 
 
-def toy_recipe(mesh=None, model=None, **train) -> Recipe:
+def toy_recipe(mesh=None, model=None, optimizer=None, **train) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "toy",
             "model": {"name": "toy-lm", "dtype": "float32", **(model or {})},
             "data": {"path": "unused", "sequence_length": 16, "batch_size": 16},
-            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 2},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 2, **(optimizer or {})},
             "mesh": mesh or {},
             "train": {"steps": 10, **train},
         }
@@ -214,19 +214,28 @@ def test_accumulation_gives_the_same_step(toy):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp8", "data-fsdp-tensor"]
+    ("mesh", "name"),
+    [({"fsdp": 8}, "adamw"), ({"data": 2, "fsdp": 2, "tensor": 2}, "adamw"), ({"fsdp": 4, "tensor": 2}, "muon")],
+    ids=["fsdp8", "data-fsdp-tensor", "muon"],
 )
-def test_a_mesh_changes_nothing(toy, mesh):
-    batches = [toy_batch(0), toy_batch(1)]
-    alone, alone_metrics = run(toy_recipe(), batches)
-    sharded, sharded_metrics = run(toy_recipe(mesh, accumulation=2), batches, devices=8)
+def test_a_mesh_changes_nothing(toy, mesh, name):
+    batches, block = [toy_batch(0), toy_batch(1)], {"name": name, "muon_dtype": "float32"}
+    alone, alone_metrics = run(toy_recipe(optimizer=block), batches)
+    sharded, sharded_metrics = run(toy_recipe(mesh, optimizer=block, accumulation=2), batches, devices=8)
     np.testing.assert_allclose(
         [m["loss"] for m in alone_metrics], [m["loss"] for m in sharded_metrics], rtol=1e-5
     )
-    for name, param in named_leaves(sharded.params).items():
-        moment = named_leaves(sharded.opt_state)[f"1/mu/{name}"]
-        assert moment.sharding == param.sharding, name
+    for weight, param in named_leaves(sharded.params).items():
+        assert moment_of(sharded.opt_state, name, weight).sharding == param.sharding, weight
     assert sharded.params["up"][...].sharding.spec[1] == "fsdp"
+
+
+def moment_of(opt_state, name, weight):
+    """A weight's first moment in the state of the optimizer of that name."""
+    prefix = "1/mu" if name == "adamw" else "1/inner_states/adamw/inner_state/mu"
+    if name == "muon" and weight in ("up", "down"):
+        prefix = "1/inner_states/muon/inner_state/0/trace"
+    return named_leaves(opt_state)[f"{prefix}/{weight}"]
 
 
 def test_bfloat16_parameters_have_float32_moments(toy):
@@ -238,19 +247,44 @@ def test_bfloat16_parameters_have_float32_moments(toy):
     assert dtypes == {"float32", "int32"}
 
 
-def test_first_moments_in_bfloat16(toy):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_first_moments_in_bfloat16(toy, name):
     """They alone are; the update is the rounded moment's, not rounded itself."""
-    recipe = toy_recipe()
-    values = recipe.to_dict() | {"optimizer": recipe.to_dict()["optimizer"] | {"momentum_dtype": "bfloat16"}}
+    block = {"name": name, "muon_dtype": "float32"}
+    recipe, short = toy_recipe(optimizer=block), toy_recipe(optimizer={**block, "momentum_dtype": "bfloat16"})
     batches = [toy_batch(i) for i in range(3)]
-    (exact, _), (rounded, _) = run(recipe, batches), run(Recipe.model_validate(values), batches)
+    (exact, _), (rounded, _) = run(recipe, batches), run(short, batches)
     want, got = named_leaves(exact.opt_state), named_leaves(rounded.opt_state)
-    for name, leaf in got.items():
-        assert leaf.dtype == (jnp.bfloat16 if "/mu/" in name else want[name].dtype), name
-    for name, weight in named_leaves(rounded.params).items():
+    for leaf_name, leaf in got.items():
+        first = "/mu/" in leaf_name or "/trace/" in leaf_name
+        assert leaf.dtype == (jnp.bfloat16 if first else want[leaf_name].dtype), leaf_name
+    for weight_name, weight in named_leaves(rounded.params).items():
         assert weight.dtype == jnp.float32
-        change = np.abs(weight - named_leaves(exact.params)[name]).max()
-        assert 0 < change < 0.03 * 3 * 1e-2, (name, change)  # of three steps of at most the learning rate
+        change = np.abs(weight - named_leaves(exact.params)[weight_name]).max()
+        # Of three steps of at most the learning rate.
+        assert 0 < change < 0.03 * 3 * 1e-2, (weight_name, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "keep", "add"),
+    [("adamw", "embed", 0.9, 0.1), ("muon", "embed", 0.9, 0.1), ("muon", "up", 0.95, 1)],
+)
+def test_first_moments_are_rounded_once_a_step(name, weight, keep, add):
+    """And neither the factor that they shrink by nor the product."""
+    params = split_model(TOY, ComputeOptions(dtype="float32")).params
+    block = optimizer_block(name=name, momentum_dtype="bfloat16", clip_norm=None)
+    tx = optimizer.make_optimizer(TOY, params, block, 100, "sparse")
+    rng = np.random.default_rng(0)
+    params, one, two = (
+        jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), nnx.as_pure(params)) for _ in range(3)
+    )
+    update, state = jax.jit(tx.update), tx.init(params)
+    for gradients in (one, two):
+        _, state = update(gradients, state, params)
+    first = jnp.asarray(add * one[weight]).astype(jnp.bfloat16).astype(jnp.float32)
+    want = (keep * first + add * two[weight]).astype(jnp.bfloat16)
+    got = moment_of(state, name, weight)
+    assert got.dtype == jnp.bfloat16 and np.mean(got != want) < 0.01  # a fused sum may round the other way
 
 
 def test_dropout_depends_on_step_and_seed_only(toy):

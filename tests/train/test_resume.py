@@ -31,9 +31,15 @@ def assert_equal_runs(one, other, recipe, other_recipe, step):
     assert saved_data_state(one, step) == saved_data_state(other, step)
 
 
-@pytest.mark.parametrize("packing", ["concat_split", "first_fit"])
-def test_toy_resumes_bit_exact(tmp_path, monkeypatch, packing):
+MUON = {"optimizer__name": "muon", "optimizer__momentum_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "changes"), [("concat_split", {}), ("first_fit", MUON)], ids=["concat_split-adamw", "first_fit-muon"]
+)
+def test_toy_resumes_bit_exact(tmp_path, monkeypatch, packing, changes):
     common = dict(
+        **changes,
         model__config={"dropout": 0.2},
         data__packing=packing,
         train__steps=20,
@@ -71,14 +77,15 @@ def test_deepseek_v4_tiny_resumes_bit_exact(tmp_path, monkeypatch):
     assert_equal_runs(result, again, straight, broken, 20)
 
 
-def test_resume_on_another_mesh_goes_on_with_the_same_data(tmp_path, monkeypatch):
-    straight = make_recipe(tmp_path, "straight", mesh__tensor=2)
-    broken = make_recipe(tmp_path, "broken", mesh__tensor=2)
+@pytest.mark.parametrize("changes", [{}, MUON], ids=["adamw", "muon"])
+def test_resume_on_another_mesh_goes_on_with_the_same_data(tmp_path, monkeypatch, changes):
+    straight = make_recipe(tmp_path, "straight", mesh__tensor=2, **changes)
+    broken = make_recipe(tmp_path, "broken", mesh__tensor=2, **changes)
     train(straight)
     with monkeypatch.context() as patch:
         at_steps(patch, {6: runs.sigterm})
         train(broken)
-    moved = make_recipe(tmp_path, "broken", mesh__fsdp=4, mesh__tensor=1)
+    moved = make_recipe(tmp_path, "broken", mesh__fsdp=4, mesh__tensor=1, **changes)
     assert train(moved).step == 12
     one, other = history(straight, *CURVES), history(moved, *CURVES)
     assert one["batch_hash"] == other["batch_hash"]

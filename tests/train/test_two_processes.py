@@ -129,6 +129,41 @@ def test_rows_are_the_same_on_other_meshes(tmp_path, devices, axis, tolerance):
         assert two[name] == pytest.approx(one[name], rel=tolerance, abs=0)
 
 
+TALKING = {"jit(train_step)", "jit(route)", "jit(evaluate)"}
+"""Programs of the model, in which processes wait for each other."""
+V4 = {
+    "attention_kinds": ["sliding"] * 2, "compress_ratios": [0] * 2, "router_kinds": ["learned"] * 2,
+    "num_mtp_layers": 0, "hidden_size": 32, "q_lora_rank": 16, "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("axis", "model"),
+    [
+        ("fsdp", {}),
+        pytest.param(
+            "expert", {"model__name": "deepseek-v4-tiny", "model__config": V4}, id="v4", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_experts_are_chosen_ahead_as_in_one_process(tmp_path, axis, model):
+    """What routes and what takes its choices are compiled before either is called."""
+    options = same_rows(1, **{axis: 2})
+    options["recipe"] |= model | {
+        f"mesh__{axis}": 2, "data__shards": 2, "train__anticipatory_routing": {"delay": 2, "always": True},
+    }  # fmt: skip
+    for name in ("one", "two"):
+        write_text(tmp_path / name / "text")
+    alone = start(tmp_path / "one", 1, **options | {"devices": 2})
+    ends = finish(start(tmp_path / "two", 2, **options)) + finish(alone)
+    assert [(end["processes"], end["step"]) for end in ends] == [(2, 6), (2, 6), (1, 6)]
+    assert not TALKING & {name for end in ends[:2] for name in end["unguarded"]}
+    one, two = (history(make_recipe(tmp_path / name), *CURVES) for name in ("one", "two"))
+    assert one["step"] == two["step"] == [1, 2, 3, 4, 5, 6] and one["batch_hash"] == two["batch_hash"]
+    for name in ("loss", "grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5, abs=0)
+
+
 @pytest.mark.slow
 def test_a_process_that_compiles_for_long_is_waited_for(tmp_path):
     """For longer than the 30 seconds after which gloo gives it up."""
@@ -165,11 +200,15 @@ def test_v4_cut_over_two_processes_trains_as_in_one(tmp_path, mesh):
 
 
 def test_both_go_back_before_a_spike_that_one_of_them_read(tmp_path):
+    """And on with experts chosen ahead for two steps, and evaluations: all of which they compile together."""
     write_text(tmp_path / "text")
-    recipe = {"train__spike": {"factor": 20.0, "window": 4}, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 1}
+    recipe = {
+        "train__spike": {"factor": 20.0, "window": 4}, "train__anticipatory_routing": {"after_spike": 2},
+        "train__eval_every": 6, "data__holdout": 0.2, "mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 1,
+    }  # fmt: skip
     one, other = finish(start(tmp_path, 2, devices=1, poisoned=1, recipe=recipe))
-    assert one == other and one["step"] == 12
-    assert history(make_recipe(tmp_path))["step"] == list(range(1, 13))
+    assert one == other and one["step"] == 12 and not TALKING & set(one["unguarded"])
+    assert history(make_recipe(tmp_path))["step"] == sorted([*range(1, 13), 6, 12])  # with evaluations at 6 and 12
     assert any("rollback 1 of 3" in line for line in read_log(tmp_path / "run"))
     assert [state["step"] for state in data_states(tmp_path, 12)] == [15, 15]
 

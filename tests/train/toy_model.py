@@ -1,7 +1,7 @@
 """A third party's model: an embedding and an MLP, with a ModelSpec of its own.
 
 It has what the loop must cope with: dropout, state that is not trained, a parameter frozen in one
-stage, and stacked layers. Tests install it as a distribution with an entry point (`install`).
+stage, stacked layers, and matrices for Muon. Tests install it as a distribution with an entry point (`install`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fathom.layers.losses import target_masks
-from fathom.layers.param import RouterBias, constant, normal, param
+from fathom.layers.param import MATRIX, RouterBias, constant, normal, param
 from fathom.mesh import constrain
 from fathom.zoo import ModelSpec, ParamCount
 
@@ -39,9 +39,10 @@ class ToyModel(nnx.Module):
         self.embed = param(key(), shape, normal(0.1), axes=("vocab", "embed"), dtype=dtype)
         stacked = ("layers", "embed", "mlp")
         up = (c.num_layers, c.hidden_size, c.mlp_size)
-        self.up = param(key(), up, normal(0.1), axes=stacked, dtype=dtype)
+        self.up = param(key(), up, normal(0.1), axes=stacked, dtype=dtype, matrix=MATRIX)
         down = (c.num_layers, c.mlp_size, c.hidden_size)
-        self.down = param(key(), down, normal(0.1), axes=("layers", "mlp", "embed"), dtype=dtype)
+        stacked = ("layers", "mlp", "embed")
+        self.down = param(key(), down, normal(0.1), axes=stacked, dtype=dtype, matrix=MATRIX)
         gain = (c.num_layers, c.hidden_size)
         self.gain = param(key(), gain, constant(1.0), axes=("layers", "embed"), dtype=dtype)
         self.temperature = param(key(), (1,), constant(1.0), axes=(None,), dtype="float32")

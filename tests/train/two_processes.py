@@ -2,10 +2,11 @@
 
     python -m tests.train.two_processes RESULT FOLDER OPTIONS
 
-Writes what came out to RESULT, as JSON. OPTIONS is JSON: "devices" of this process; "recipe", changes for
-`tests.train.runs.make_recipe`; "term_step", at which SIGTERM reaches the second process; "late", seconds that its
-compiling takes longer; "long_step": seconds from which on a step is a long one; "poisoned": the process that reads a
-poisoned batch for step 8; "hinder": True for what only one process meets, see `hindered`.
+Writes what came out to RESULT, as JSON; "unguarded" of it are programs compiled outside of `compile_together`. OPTIONS
+is JSON: "devices" of this process; "recipe", changes for `tests.train.runs.make_recipe`; "term_step", at which SIGTERM
+reaches the second process; "late", seconds that its compiling takes longer; "long_step": seconds from which on a step
+is a long one; "poisoned": the process that reads a poisoned batch for step 8; "hinder": True for what only one process
+meets, see `hindered`.
 """
 
 import json
@@ -26,7 +27,7 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     assert initialize_distributed() is several
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options["devices"])
-    zoo.register(runs.poisoned(toy_model.TOY))
+    zoo.register(runs.told(toy_model.TOY))
     if jax.process_index() == options.get("poisoned"):
         runs.poison(setattr, 8)
     recipe = runs.make_recipe(folder, **options.get("recipe", {}))
@@ -47,8 +48,28 @@ def run(recipe, term_step: int) -> dict:
         return original(loader, step)
 
     loop.next_batch = next_batch
+    unguarded = compiled_unguarded()
     result = loop.train(recipe)
-    return {"step": result.step, "preempted": result.preempted, "loss": result.metrics["loss"]}
+    values = {"step": result.step, "preempted": result.preempted, "loss": result.metrics["loss"]}
+    return {**values, "unguarded": sorted(unguarded)}
+
+
+def compiled_unguarded() -> set[str]:
+    """To be filled with the names of programs that are compiled where no process waits for the others."""
+    together, names, guarded = loop.compile_together, set(), []
+
+    def compile_together(*given):
+        guarded.append(True)
+        together(*given)
+        guarded.clear()
+
+    def compiled(event, duration, fun_name=None, **rest):
+        if event == "/jax/core/compile/backend_compile_duration" and not guarded:
+            names.add(fun_name)
+
+    loop.compile_together = compile_together
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    return names
 
 
 def hindered(folder: Path, recipe) -> dict:

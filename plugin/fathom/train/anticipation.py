@@ -52,6 +52,10 @@ class Schedule(NamedTuple):
         """By the recipe's `train.anticipatory_routing`; after a rollback `until` a step, 0 without one."""
         return cls(block.delay, math.inf if block.always else until)
 
+    def ways(self, first: int, last: int) -> set[bool]:
+        """Whether steps among these anticipate: both when some do, none when there are no steps."""
+        return {step <= self.until for step in (first, last) if first <= last}
+
 
 class Feeder:
     """Gives each step its batch, and reads ahead where steps anticipate.

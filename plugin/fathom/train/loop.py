@@ -149,9 +149,6 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
         state, start = restore_or_init(run, resumes=spike is None)
     if run.holdout is not None:
         run.holdout.use(loader.count)
-    if spike is None:
-        with session.clock.during("compile"):
-            compile_together(run.program, stage.recipe.data.batch_size, stage.recipe.data.sequence_length)
     lost = 0
     if spike is not None:
         lost = max(spike.step - start, 0)
@@ -164,6 +161,9 @@ def begin_steps(run: StageRun, spike: SpikeError | None) -> tuple[TrainState, in
         )  # fmt: skip
         after = stage.recipe.train.anticipatory_routing.after_spike
         session.spikes.calm_at = max(start, spike.step) + after if after else 0
+    schedule = Schedule.of(stage.recipe.train.anticipatory_routing, session.spikes.calm_at)
+    with session.clock.during("compile"):  # after a rollback what is compiled is not compiled again
+        compile_together(run.program, stage.recipe, schedule.ways(start + 1, stage.last))
     session.begin(start, lost)
     return state, start, loader.step - (start - stage.first)
 

@@ -31,6 +31,7 @@ from flax import nnx
 
 from fathom.layers.param import Matrix
 from fathom.mesh import partition_spec, replica_axes, split_axes, variable_axes
+from fathom.train.moments import stored_moments
 from fathom.train.state import path_names
 
 FAST, SETTLING = (3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5)
@@ -84,7 +85,7 @@ def scale_by_hybrid_muon(params: nnx.State, block: Any) -> optax.GradientTransfo
 
         return jax.tree_util.tree_map_with_path(one, updates)
 
-    trace = optax.trace(block.muon_momentum, nesterov=True, accumulator_dtype=block.momentum_dtype)
+    trace = stored_moments(optax.trace(block.muon_momentum, nesterov=True), "trace", block.momentum_dtype)
     return optax.chain(trace, optax.stateless(orthogonalize))
 
 

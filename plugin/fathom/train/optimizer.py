@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from fathom.mesh import variable_axes
+from fathom.train.moments import stored_moments
 from fathom.train.muon import matrices_of, scale_by_hybrid_muon
 from fathom.train.state import named_leaves, path_names
 from fathom.zoo import ModelSpec
@@ -133,7 +134,7 @@ def make_optimizer(
 
 
 def _scale_by_moments(params: nnx.State, block: Any) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps, mu_dtype=block.momentum_dtype)
+    adam = stored_moments(optax.scale_by_adam(b1=block.b1, b2=block.b2, eps=block.eps), "mu", block.momentum_dtype)
     if block.name == "adamw":
         return adam
     return optax.partition({"muon": scale_by_hybrid_muon(params, block), "adamw": adam}, optimizer_kinds(params))
