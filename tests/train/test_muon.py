@@ -151,7 +151,7 @@ def wanted(model):
             nesterov, update = MOMENTUM * momentum + flat, np.zeros_like(momentum)
             for ids in matrices:
                 x = nesterov[ids]
-                # The iteration of a transposed matrix is that of the matrix, transposed: the side with the fewer products.
+                # A transposed matrix has the iterates of the matrix, transposed; the lying one takes fewer products.
                 o = (hybrid_ns(x) if x.shape[0] <= x.shape[1] else hybrid_ns(x.T).T) * np.sqrt(max(x.shape)) * RMS
                 update[ids] = -RATE * (o + DECAY * weights[name].ravel()[ids])
             result[step][name] = update.reshape(shape)
