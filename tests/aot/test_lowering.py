@@ -12,7 +12,7 @@ from fathom import zoo
 from fathom.layers.indexer import INDEX_CHUNK
 from fathom.mesh import abstract_mesh
 from fathom.models.deepseek_v4.hf_mapping import hub_tensors
-from fathom.recipe import Recipe
+from fathom.recipe import Recipe, load_recipe
 from fathom.train.state import named_leaves
 from fathom.train.step import make_program
 from tests.models.small import LAYERS, small_config
@@ -113,3 +113,11 @@ def test_what_a_stage_trains_and_nothing_else_has_float32_moments(stage):
         for leaf in leaves:
             assert leaf.shape == params[path].shape and leaf.dtype == "float32"
             assert leaf.sharding == params[path].sharding, path
+
+
+def test_a_step_for_a_gpu():
+    """tiny-v4-gpu lowers for CUDA on a host without one."""
+    gpu = load_recipe("tiny-v4-gpu")
+    program = make_program(gpu, abstract_mesh(gpu.mesh.shape))
+    text = program.lower(gpu.data.batch_size, gpu.data.sequence_length, platforms=("cuda",)).as_text()
+    assert "bf16" in text and "ragged_dot" in text  # the GPU's grouped products, though a CPU host lowers

@@ -24,3 +24,12 @@ def test_fits(name, stage):
     assert report.parameters == report.formula_parameters
     # Operations against the formulas: test_planner.py, which need not compile.
     assert report.expected_flops is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("tiny")])
+def test_tiny_recipes_compile_for_the_cpu(name):
+    """Those of a GPU for one CPU device, whose buffers need not be a GPU's; `test_a_step_for_a_gpu` lowers it."""
+    report = fathom.plan(fathom.load_recipe(name))
+    print("\n" + report.to_text(parameters=False))
+    assert report.parameters == report.formula_parameters
