@@ -12,9 +12,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(_cache.name))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# Less of LLVM's optimisation: nothing here runs for long, and compiling is most of it. Child processes inherit it.
+# None of LLVM's optimisation: nothing here runs for long, and compiling is most of it. Child processes inherit it.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+# Workers beside each other: threads of numpy and PyTorch that wait for each other on too few cores take many times as
+# long. Before numpy is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 # The TPU's compiler, of which tests in several workers load one each, asks for no TPU and minds no other.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
