@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from fathom.ops.chunks import from_chunks, to_chunks
-from fathom.ops.indexer import indexer_scores, scored_lengths
+from fathom.ops.indexer import indexer_scores
 from fathom.ops.precision import precision_of
-from fathom.ops.ranges import for_length, seen_range
+from fathom.ops.ranges import for_length, seen_range, steps
 from fathom.ops.selection import MASKED, Selected, VisibleRange
 
 MAX_SCORES = 1 << 24
 """Attention scores held at a time, per row of the batch: 64 MiB in float32."""
+LENGTHS, SHORTEST = 32, 512
+"""How many lengths of range are compiled for at most, and the fewest entries of the shortest."""
 
 
 class Teacher(NamedTuple):
@@ -79,6 +81,11 @@ def _of_range(how: tuple, start: jax.Array, size: int, arrays: tuple, teacher: t
     return _row_loss(indexer_scores(q_BCIJ, k_BEJ, weights_BCI), p, mask)
 
 
+def range_lengths(num_entries: int) -> list[int]:
+    """How many entries a chunk's loss may be made of."""
+    return steps(num_entries, -(-num_entries // max(1, min(LENGTHS, num_entries // SHORTEST))))
+
+
 def _for_seen(num_entries: int, seen: VisibleRange, run: Callable) -> Any:
     """run(start, size) of the shortest of a few ranges that holds what the chunk sees."""
     low, high = seen_range(seen, num_entries)
@@ -86,7 +93,7 @@ def _for_seen(num_entries: int, seen: VisibleRange, run: Callable) -> Any:
     def sized(size: int) -> Any:
         return run(jnp.clip(low, 0, num_entries - size), size)
 
-    return for_length(high - low, scored_lengths(num_entries, num_entries, 0), sized)
+    return for_length(high - low, range_lengths(num_entries), sized)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

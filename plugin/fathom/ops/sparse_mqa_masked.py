@@ -18,8 +18,10 @@ from fathom.ops.ranges import seen_range
 from fathom.ops.selection import Selection, VisibleRange
 
 LENGTHS = {"cpu": 12}
-"""How many lengths of range a program is compiled for at most where it is not 6: a CPU's compiler is quick about
-each."""
+"""How many lengths of range a program is compiled for at most where it is not 6, or 16 of `MANY_ROWS`: a CPU's compiler
+is quick about each."""
+MANY_ROWS = 8192
+"""Half a length is masked on average, and is work in vain: with 6 a sixth of what causal queries need."""
 SHORTEST = 128
 """Ranges are multiples of at least this many rows."""
 
@@ -33,7 +35,8 @@ class MaskedRows(NamedTuple):
 
 
 def num_lengths(num_rows: int) -> int:
-    return max(1, min(LENGTHS.get(program_platform(), 6), num_rows // SHORTEST))
+    most = LENGTHS.get(program_platform(), 16 if num_rows >= MANY_ROWS else 6)
+    return max(1, min(most, num_rows // SHORTEST))
 
 
 def prepare(rows_BTH: jax.Array) -> MaskedRows:

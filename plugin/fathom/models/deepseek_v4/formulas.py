@@ -172,9 +172,9 @@ def step_flops(config: DeepseekV4Config, shape: StepShape) -> dict[str, float]:
     """What a train step multiplies per token, by purpose.
 
     "model" is `flops_per_token`, in the stage "dense" with attention to all that is visible and without indexers, in
-    "indexer-warmup" the forward alone. "indexer loss" is the targets' product, the scores forward and twice backward,
-    and the gradients of the indexers' weights, which alone train there. "again" is what is made again for the
-    backward: blocks as told, heads, targets and scores once, and the choice of entries with its block.
+    "indexer-warmup" the forward alone. "indexer loss" is the targets' queries and their product, the scores forward and
+    twice backward, and the gradients of the indexers' weights, which alone train there. "again" is what is made again
+    for the backward: blocks as told, heads, targets and scores once, and the choice of entries with its block.
 
     Raises:
       ValueError: as `flops_per_token`.
@@ -194,7 +194,7 @@ def step_flops(config: DeepseekV4Config, shape: StepShape) -> dict[str, float]:
     chosen = loss = loss_again = 0.0
     for ratio in (ratio for kind, ratio in kinds if kind == "csa" and stage != "dense"):
         seen = visible_entries(seq_len, ratio, c.index_top_k)
-        targets = 2.0 * c.num_heads * c.head_dim * seen
+        targets = 2.0 * c.num_heads * c.head_dim * (seen + c.q_lora_rank)
         scores = 2.0 * c.index_num_heads * c.index_head_dim * seen
         weights = 2.0 * indexer_weights(c)
         chosen += indexer_flops(c, ratio, seq_len)
