@@ -6,6 +6,9 @@ cross-entropy's gradients.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -41,9 +44,15 @@ def test_fathom_logits_equals_the_official_code(mode, golden, tmp_path):
     expected = golden[mode]
     ids, out = tmp_path / "ids.npy", tmp_path / "out.npz"
     np.save(ids, expected["input_ids"])
-    options = ["--simulate-quant"] if mode == "sim" else []
     command = ["logits", str(GOLDEN), "--tokens", str(ids), "--out", str(out), "--streams", "--dtype", "fp32"]
-    assert main([*command, *options]) == 0
+    if mode == "plain":
+        assert main(command) == 0
+    else:
+        # A rounding that falls the other way is a step of the quantisation, so this is the program that people run,
+        # compiled with LLVM's optimisation, and not that of the other tests.
+        command = [sys.executable, "-m", "fathom", *command, "--simulate-quant"]
+        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
     written = np.load(out)
     names = {f"hidden_streams_{i}": f"hidden_streams_{i}" for i in range(LAYERS)}
     names |= {"logits": "logits", "mtp_logits": "mtp_logits_ids_rolled_left"}
