@@ -33,7 +33,7 @@ class Generation:
       hbm_bytes: a device's memory that a program may use. flops: bfloat16 per second of a chip. hbm_rate, ici_rate,
         dcn_rate: bytes per second of a chip: memory, all links of the torus one way, the data-centre network.
       gke_accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
-      cloud_prefix, cloud_units: an accelerator type is prefix + "-" + chips x units ("v5p-1024" counts cores).
+      cloud_prefix: what clouds call it, in front of a shape or a number of chips or cores.
       listed: shapes that the documentation lists one by one. largest: chips of the largest slice of whole cubes, of
         which any ascending shape exists; 0 where there are none.
       chip_config: the compiler's name of how the chip's cores are joined, where it has to be told.
@@ -51,7 +51,6 @@ class Generation:
     dcn_rate: float
     gke_accelerator: str
     cloud_prefix: str
-    cloud_units: int
     listed: tuple[tuple[int, ...], ...]
     largest: int
     chip_config: str | None = None
@@ -74,15 +73,15 @@ GENERATIONS = {
     g.name: g
     for g in (
         Generation("v4", "TPU v4", 1, 3, (2, 2, 1), int(30.75 * GIB), 275e12, 1228e9, 300e9, 6.25e9,
-                   "tpu-v4-podslice", "v4", 2, PARTS, 4096, "megacore"),
+                   "tpu-v4-podslice", "v4", PARTS, 4096, "megacore"),
         Generation("v5e", "TPU v5e", 1, 2, (2, 2), int(15.75 * GIB), 197e12, 819e9, 200e9, 3.125e9,
-                   "tpu-v5-lite-podslice", "v5litepod", 1, PLANE, 0),
+                   "tpu-v5-lite-podslice", "v5litepod", PLANE, 0),
         Generation("v5p", "TPU v5p", 1, 3, (2, 2, 1), int(95.73 * GIB), 459e12, 2765e9, 600e9, 6.25e9,
-                   "tpu-v5p-slice", "v5p", 2, PARTS, 6144),
+                   "tpu-v5p-slice", "v5p", PARTS, 6144),
         Generation("v6e", "TPU v6e", 1, 2, (2, 2), int(31.24 * GIB), 918e12, 1640e9, 400e9, 12.5e9,
-                   "tpu-v6e-slice", "v6e", 1, PLANE, 0),
+                   "tpu-v6e-slice", "v6e", PLANE, 0),
         Generation("tpu7x", "TPU7x", 2, 3, (2, 2, 1), int(94.74 * GIB), 2307e12, 7380e9, 600e9, 12.5e9,
-                   "tpu7x", "tpu7x", 2, ((1, 1, 1), *PARTS), 9216),
+                   "tpu7x", "tpu7x", ((1, 1, 1), *PARTS), 9216),
     )
 }  # fmt: skip
 
@@ -139,11 +138,6 @@ class Topology:
     @property
     def chips_per_host(self) -> int:
         return self.chips_per_slice // self.hosts_per_slice
-
-    @property
-    def accelerator_type(self) -> str:
-        """The cloud's name of one slice, e.g. "v5p-1024" for 512 chips."""
-        return f"{self.generation.cloud_prefix}-{self.chips_per_slice * self.generation.cloud_units}"
 
 
 def parse_topology(text: str) -> Topology:
