@@ -79,6 +79,8 @@ def test_a_stage_has_the_values_of_the_recipe_but_for_those_it_names(tmp_path):
     assert [r.mesh.tensor for r in recipes] == [2, 1, 1]
     assert [r.train.stop_at for r in recipes] == [4, 8, 11]
     assert [r.data.seed for r in recipes] == [0, 1, 2]
+    holds = [r.train.hold_moments for r in stage_recipes(load_recipe("v4-flash-pretrain-v5p"))]
+    assert holds == [None] * 4 + [True] + [None] * 2
 
 
 def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path):

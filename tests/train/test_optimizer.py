@@ -25,7 +25,7 @@ from tests.train.toy_model import TOY
 def optimizer_block(**changes):
     fields = dict(
         name="adamw", learning_rate=1e-2, warmup_steps=4, decay_steps=5, final_ratio=0.1,
-        decay="linear", b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1, clip_norm=1.0,
+        decay="linear", b1=0.9, b2=0.95, eps=1e-20, weight_decay=0.1, clip_norm=1.0, decay_all=False,
         momentum_dtype="float32", muon_momentum=0.95, muon_rms=0.18, muon_dtype="float32",
     )  # fmt: skip
     return types.SimpleNamespace(**{**fields, **changes})
@@ -114,6 +114,16 @@ def test_only_matrices_decay():
     params = split_model(TOY, ComputeOptions(dtype="float32")).params
     mask = {name: bool(x) for name, x in named_leaves(optimizer.decay_mask(params)).items()}
     assert mask == {"embed": True, "up": True, "down": True, "gain": False, "temperature": False}
+
+
+def test_with_decay_all_everything_decays():
+    params = split_model(TOY, ComputeOptions(dtype="float32")).params
+    weights = jax.tree.map(lambda x: jnp.ones(x.shape), nnx.as_pure(params))
+    block = optimizer_block(decay_all=True, warmup_steps=0)
+    tx = optimizer.make_optimizer(TOY, params, block, 100, "sparse")
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, weights), tx.init(weights), weights)
+    for name, update in named_leaves(updates).items():
+        np.testing.assert_allclose(update, -1e-2 * 0.1, rtol=1e-6, err_msg=name)
 
 
 def test_deepseek_norms_and_biases_do_not_decay():
