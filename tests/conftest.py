@@ -16,8 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-# Workers beside each other: threads of numpy and PyTorch that wait for each other on too few cores take many times as
-# long. Before numpy is imported.
+# One thread of numpy and PyTorch to a worker: there are as many workers as cores. Before numpy is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 LONG_STEP = 10.0
 """Seconds from which on a step is dispatched only once it is agreed that the run goes on: the devices then wait for
-that, some milliseconds, and a grace period holds a step less."""
+that, and a grace period need not hold another step."""
 
 
 class Termination:
