@@ -204,7 +204,7 @@ def block_of(dtype):
 def test_singular_values(shape, dtype, error):
     """Those of HybridNS in float64: 1 to 1.00054, and of a square matrix the least may be 1.3e-3 below 1."""
     update = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
-    scaled = jax.jit(lambda x: orthogonal(x, Matrix(), (None, None, None), RMS, jnp.dtype(dtype)))(update)
+    scaled = jax.jit(lambda x: orthogonal([x], [(Matrix(), (None,) * 3)], RMS, jnp.dtype(dtype))[0])(update)
     values = np.linalg.svd(np.asarray(scaled, np.float64), compute_uv=False) / (RMS * np.sqrt(max(shape)))
     want = np.linalg.svd([hybrid_ns(x.astype(np.float64)) for x in update], compute_uv=False)
     assert np.abs(want - 1).max() < 2e-3
@@ -220,7 +220,7 @@ def test_devices_share_the_matrices_out(axes):
     mesh, rules = make_mesh({"data": 2, "fsdp": 2, "expert": 2}), zoo.get("deepseek-v4-tiny").preset("default")
 
     def one(x):
-        return orthogonal(x, Matrix(), axes, RMS, jnp.dtype("float32"))
+        return orthogonal([x], [(Matrix(), axes)], RMS, jnp.dtype("float32"))[0]
 
     even, odd = (jax.ShapeDtypeStruct((count, 8, 24), "float32") for count in (16, 14))
     alone = count_flops(one, even)
@@ -232,6 +232,32 @@ def test_devices_share_the_matrices_out(axes):
         np.testing.assert_allclose(jax.jit(one)(x), want, rtol=1e-4, atol=1e-6)
 
 
+def test_small_weights_are_made_together():
+    """Of 2, 3 and 1 matrices, and 2 beside each other, eight devices make 8 in all: one each, as of a weight of 8."""
+    mesh, rules = make_mesh({"data": 2, "fsdp": 2, "expert": 2}), zoo.get("deepseek-v4-tiny").preset("default")
+    weights = [
+        (Matrix(), (None, "embed", None)),
+        (Matrix(), (None, "embed", None)),
+        (Matrix(), ("embed", None)),
+        (Matrix(outputs=(-2, -1), inputs=(-3,), parts=(6, 6)), ("embed", None, None)),
+    ]
+    shapes = [(2, 8, 24), (3, 8, 24), (8, 24), (8, 4, 12)]
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+    def all_of(xs):
+        return orthogonal(xs, weights, RMS, jnp.dtype("float32"))
+
+    eight = jax.ShapeDtypeStruct((8, 8, 24), "float32")
+    alone = count_flops(lambda x: orthogonal([x], weights[:1], RMS, jnp.dtype("float32")), eight)
+    want = jax.jit(all_of)(xs)
+    with sharding_scope(mesh, rules):
+        assert count_flops(all_of, xs) == alone
+        got = jax.jit(all_of)(xs)
+    for x, one in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, one, rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_of_no_matrices_is_refused():
     spec = dataclasses.replace(TOY, frozen=lambda path, stage: path[-1] in ("up", "down"))
     params = split_model(spec, ComputeOptions(dtype="float32")).params
@@ -241,4 +267,4 @@ def test_a_model_of_no_matrices_is_refused():
 
 def test_parts_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match=r"shape \(4, 6\) holds parts of \(2, 3\) along dimension -1"):
-        orthogonal(jnp.ones((4, 6)), Matrix(parts=(2, 3)), (None, None), RMS, jnp.dtype("float32"))
+        orthogonal([jnp.ones((4, 6))], [(Matrix(parts=(2, 3)), (None, None))], RMS, jnp.dtype("float32"))
