@@ -259,8 +259,7 @@ class TrainBlock(Block):
     then 0.1); None keeps `mtp_weight`.
 
     `batch_ramp` lists steps and the `data.batch_size` up to them; after the last one it is the recipe's own. Each is a
-    stage with no other values (`fathom.recipe_stages`), so its rows come in an order of their own, by data.seed plus
-    the stage's number: a function of the recipe, wherever the run is cut.
+    stage with no other values (`fathom.recipe_stages`), which reads on behind the documents of the one before.
 
     `watchdog` seconds without a completed step end the process with code 4 after all threads' stack traces were
     written; all but steps has an hour more (`fathom.train.watchdog`). `compilation_cache` is a folder for compiled

@@ -104,7 +104,8 @@ def stage_problems(stages: tuple[StageBlock, ...], steps: int | None) -> list[Pr
 def stage_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe of each stage, the whole recipe where it has none; each ends at its `train.stop_at`.
 
-    A stage that does not set `data.seed` reads its documents in an order of its own: the recipe's seed plus its number.
+    A stage reads on behind the documents that the one before has read, where both have them in one order: the same
+    data, `data.seed` and `data.shuffle` (`fathom.train.data.Loader.follow`).
 
     Raises:
       RecipeError: listing every problem of every stage, by its key.
@@ -117,7 +118,7 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
         raise RecipeError(problems, recipe.name)
     recipes, holds = [], _holding(recipe, stages)
     for number, stage in enumerate(stages):
-        values = _values(recipe, stage, number)
+        values = _values(recipe, stage)
         if values["train"]["hold_moments"] is None and holds[number]:
             values["train"]["hold_moments"] = True
         try:
@@ -163,11 +164,10 @@ def blocks_of(recipe: Recipe) -> dict[str, BaseModel]:
     return {name: value for name, value in values.items() if isinstance(value, BaseModel)}
 
 
-def _values(recipe: Recipe, stage: StageBlock, number: int) -> dict[str, Any]:
+def _values(recipe: Recipe, stage: StageBlock) -> dict[str, Any]:
     """The stage's recipe as written values."""
     base = recipe.to_dict()
     over: dict[str, Mapping[str, Any]] = {block: dict(getattr(stage, block)) for block in STAGE_KEYS}
-    over["data"] = {"seed": recipe.data.seed + number, **over["data"]}
     if {"source", "path"} & set(over["data"]):
         for name in ("pattern", "exclude"):
             base["data"].pop(name)  # those of the recipe's own source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fathom.recipe_blocks import DataBlock
-from fathom.train import data
+from fathom.train import row_pipeline
 from fathom.train.chat import ChatTokenizer, parse_record, render
 from fathom.train.data import DataError, make_loader
 from tests.train.chats import random_chats, turn, write_chat_tokenizer, write_chats
@@ -100,7 +100,7 @@ def test_a_conversation_that_fits_is_never_cut(path, packing):
 @pytest.mark.parametrize("shuffle_rows", [0, 11])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_resuming_at_every_step_gives_the_uninterrupted_stream(path, monkeypatch, packing, shuffle_rows):
-    monkeypatch.setattr(data, "PACKING_BINS", 4)
+    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 4)
     options = {"packing": packing, "shuffle_rows": shuffle_rows}
     loader = open_loader(path, **options)
     states, batches = [loader.get_state()], []

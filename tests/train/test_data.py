@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fathom.recipe_blocks import DataBlock
-from fathom.train import data
+from fathom.train import row_pipeline
 from fathom.train.data import DataError, batch_hash, make_loader
 from tests.train.test_tokenizers import train_bpe
 
@@ -137,14 +137,14 @@ def test_rows_of_one_document(tmp_path):
     ],
 )
 def test_fitted_rows(tmp_path, monkeypatch, packing, expected):
-    monkeypatch.setattr(data, "PACKING_BINS", 2)
+    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 2)
     documents = ("abc", "de", "f", "g", "hij")
     assert show(rows_of(tmp_path, packing, documents, batch_size=2)) == expected
 
 
 def test_best_fit_fits_better_than_first_fit(tmp_path, monkeypatch):
     """After "ab." and "cde." the piece "f." fits both bins; only one of them is then full."""
-    monkeypatch.setattr(data, "PACKING_BINS", 2)
+    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 2)
     documents = ("ab", "cde", "f", "gh", "ijklm")
     rows = {p: show(rows_of(tmp_path, p, documents, batch_size=2)) for p in ("first_fit", "best_fit")}
     assert rows["first_fit"] == ["ab.f._ 111220 012010", "cde.__ 111100 012300"]
@@ -199,7 +199,7 @@ def test_without_shuffling_the_order_is_that_of_the_files(folder):
 @pytest.mark.parametrize("packing", ["first_fit", "best_fit"])
 def test_fitting_loses_nothing(folder, monkeypatch, packing):
     """Every piece of at most 16 tokens comes once an epoch, whichever row it is in."""
-    monkeypatch.setattr(data, "PACKING_BINS", 8)
+    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 8)
     whole = [[*document, EOS] for document in random_documents()]
     expected = Counter(tuple(d[i : i + 16]) for d in whole for i in range(0, len(d), 16))
     epoch = sum(expected.values())
@@ -241,7 +241,7 @@ def through_json(state):
 @pytest.mark.parametrize(("shuffle", "shuffle_rows"), [(True, 0), (False, 0), (True, 11)])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_resuming_at_every_step_gives_the_uninterrupted_stream(folder, monkeypatch, packing, shuffle, shuffle_rows):
-    monkeypatch.setattr(data, "PACKING_BINS", 6)
+    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 6)
     steps, after = 40, 6
     loader = open_loader(folder, packing=packing, shuffle=shuffle, shuffle_rows=shuffle_rows)
     states, expected = [through_json(loader.get_state())], []
@@ -508,7 +508,7 @@ def test_the_fingerprint(folder, monkeypatch):
     assert fingerprint["num_bytes"] == sum(map(len, random_documents()))
     assert fingerprint["tokenizer"]["hash"] == loader.tokenizer.hash
     assert str(folder) not in json.dumps(fingerprint)  # the same data elsewhere is the same data
-    monkeypatch.setattr(data, "LISTED_FILES", 10)
+    monkeypatch.setattr("fathom.train.data.LISTED_FILES", 10)
     short = open_loader(folder).fingerprint
     assert short["files"] == "more than 10, see files_hash"
     assert {**short, "files": fingerprint["files"]} == fingerprint

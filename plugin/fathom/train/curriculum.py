@@ -2,8 +2,8 @@
 
 Weights, router biases, the step number and the random numbers go on as they are, onto whatever mesh the next stage has.
 So does the optimizer, but for parameters that begin to train: their moments begin at zero. Of parameters that stop
-training it forgets the moments, unless the stage holds them for a later one (`train.hold_moments`). The data begins
-anew, in the stage's own rows and order.
+training it forgets the moments, unless the stage holds them for a later one (`train.hold_moments`). Rows are the
+stage's own; documents go on behind those that were read (`fathom.train.streams.RowStreams.follow`).
 """
 
 from __future__ import annotations

@@ -11,24 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import grain
 import numpy as np
 
-from fathom.train.chat import (
-    CHAT,
-    ENCODING,
-    THINKING_MODES,
-    ChatTokenizer,
-    conversation_of,
-    loss_mask,
-    record_reader,
-    render,
-)
+from fathom.train import row_pipeline
+from fathom.train.chat import CHAT, ENCODING, THINKING_MODES, ChatTokenizer, loss_mask, record_reader
 from fathom.train.json_records import DataError
+from fathom.train.row_pipeline import ChatSource, Counted, TokenSource, document_dataset, row_dataset, with_tuples
 from fathom.train.sources import SOURCES, Documents, FileEntry, open_documents
 from fathom.train.tokenizers import BYTES, Tokenizer, load_tokenizer
 
@@ -36,19 +27,15 @@ __all__ = ["DataError", "Loader", "batch_hash", "load_tokenizer", "make_loader"]
 
 Batch = dict[str, np.ndarray]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 SPLITS = ("train", "holdout")
 PACKINGS = ("concat_split", "first_fit", "best_fit", "none")
 
-PACKING_BINS = 64
-"""Rows that first_fit and best_fit fill side by side. More pad less, and cost more to rebuild at a resume."""
+ORDER = ("pattern", "exclude", "field", "shuffle", "seed", "holdout", "max_bytes", "thinking_mode", "chat_encoding")
+"""The settings on which the order of the documents depends, whatever rows are made of them."""
 
 LISTED_FILES = 1000
 """Fingerprints of more files than this hold their common hash only: they are part of every checkpoint."""
-
-READ_THREADS = 4
-READ_AHEAD = 16
-"""Documents read and tokenized ahead, where that takes time: real tokenizers, and ArrayRecord."""
 
 
 class DataSettings(Protocol):
@@ -123,6 +110,7 @@ class Loader:
       fingerprint: what decides the stream, JSON-able: files with sizes and hashes, tokenizer, settings;
         equal on all processes and for both splits.
       step: batches given out. num_documents: of this split, in all shards.
+      documents: of the shard's, repeated without end, how many have been read or passed over.
     """
 
     def __init__(
@@ -138,7 +126,7 @@ class Loader:
     ):
         self.tokenizer = tokenizer
         self.fingerprint = _fingerprint(block, documents, tokenizer)
-        self.step = 0
+        self.step = self.documents = 0
         self.num_documents = len(indices)
         self._vocab_size = vocab_size
         self._marked = block.source == CHAT
@@ -150,10 +138,18 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
-        source = (_ChatSource if self._marked else _TokenSource)(documents, indices, tokenizer)
+        self._source = (ChatSource if self._marked else TokenSource)(documents, indices, tokenizer)
+        self.begin(0)
+
+    def begin(self, start: int) -> None:
+        """Goes to the beginning of a stream that passes over the shard's first `start` documents."""
+        block, _, tokenizer, _, _ = self._opened
+        shard = (self._identity["shard_index"], self._identity["shard_count"])
         # Reading ahead costs more than it brings where a document is one file and tokens are its bytes.
         ahead = tokenizer.needs_text or block.source == "array_record"
-        self._rows = iter(_row_dataset(source, block, shard_index, shard_count, ahead))
+        self._read = Counted(document_dataset(self._source, block, *shard, start, ahead))
+        self._rows = iter(row_dataset(self._read, block))
+        self._start, self.step, self.documents = start, 0, start
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -178,6 +174,7 @@ class Loader:
             batch["loss_mask"] = loss_mask(batch, trained)
         _check_ids(batch["tokens"], self._vocab_size, self.step + 1)
         self.step += 1
+        self.documents = self._start + self._read.count
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -187,6 +184,8 @@ class Loader:
                 {
                     **self._identity,
                     "step": self.step,
+                    "start": self._start,
+                    "documents": self.documents,
                     "settings": self.fingerprint["settings"],
                     "data": _data_digest(self.fingerprint),
                     "iterator": self._rows.get_state(),
@@ -225,11 +224,51 @@ class Loader:
                 + "\nput those values back, or begin a new run"
             )
         try:
-            step = operator.index(state["step"])
-            self._rows.set_state(_with_tuples(json.loads(json.dumps(state["iterator"]))))
+            step, start, documents = (operator.index(state[key]) for key in ("step", "start", "documents"))
+            if start != self._start:
+                self.begin(start)
+            self._rows.set_state(with_tuples(json.loads(json.dumps(state["iterator"]))))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"the state of the loader is damaged: {error!r}") from None
-        self.step = step
+        self.step, self.documents = step, documents
+
+    def follow(self, states: Mapping[int, Mapping[str, Any]]) -> bool:
+        """Begins behind the documents that another stage has read, given the state of each of its shards at its end.
+
+        Exactly there in as many shards as that had. In another number of them all begin behind the furthest, so that
+        no document is read twice. What lay in that stage's windows and in rows half full is passed over.
+
+        Returns:
+          False, at the very beginning, when its documents were others, or in another order.
+
+        Raises:
+          DataError: for states of another version.
+        """
+        self.begin(0)
+        own, count = self.get_state(), len(states)
+        for state in states.values():
+            if state.get("version") != STATE_VERSION:
+                raise DataError(
+                    f"version: {state.get('version')!r} in the data states of the stage before, {STATE_VERSION} here; "
+                    "cross the border between the stages with the version of Fathom that saved them"
+                )
+            if any(state[key] != own[key] for key in ("split", "data")):
+                return False
+            if any(state["settings"].get(key) != own["settings"].get(key) for key in ORDER):
+                return False
+        shard, shards = own["shard_index"], own["shard_count"]
+        if count == shards:
+            self.begin(states[shard]["documents"])
+            return True
+        places = (divmod(state["documents"], self._shard_size(k, count)) for k, state in states.items())
+        epoch, read = max(places)
+        size = self._shard_size(shard, shards)
+        self.begin(epoch * size + min(-(-read * count // shards), size))
+        return True
+
+    def _shard_size(self, index: int, count: int) -> int:
+        """Documents of a shard."""
+        return len(range(index, self.num_documents, count))
 
     def shard(self, index: int, count: int) -> Loader:
         """The loader, at its beginning, of another shard of the same split: its documents are open already.
@@ -314,130 +353,6 @@ def _select(documents: Documents, block: DataSettings, split: str, shard_count: 
     return np.flatnonzero(held_out if split == "holdout" else ~held_out)
 
 
-# --- The pipeline ---------------------------------------------------------------------------------
-
-
-class _TokenSource:
-    """Random access to the token ids of the documents of a split, each with EOS at its end."""
-
-    def __init__(self, documents: Documents, indices: np.ndarray, tokenizer: Tokenizer):
-        self._documents, self._indices, self._tokenizer = documents, indices, tokenizer
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        document = int(self._indices[index])
-        text = self._documents.read(document)
-        try:
-            ids = self._tokenizer.encode(text)
-        except UnicodeDecodeError as error:  # files too large to be read at the start, Parquet that lies
-            raise DataError(f"{self._documents.name(document)} is not UTF-8: {error}; convert it") from None
-        tokens = np.empty(len(ids) + 1, np.int32)
-        tokens[:-1] = ids
-        tokens[-1] = self._tokenizer.eos_id
-        return {"tokens": tokens}
-
-
-class _ChatSource(_TokenSource):
-    """As `_TokenSource`, of conversations; the lowest bit of 2 * id + 1 says that a token is trained.
-
-    As one array it is shuffled, cut and laid into rows, and its state saved, just as other documents are: beside an
-    array of their own grain's ConcatThenSplit fails on documents longer than a row.
-    """
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        document = int(self._indices[index])
-        pieces = render(conversation_of(self._documents.read(document)))
-        try:
-            tokens, trained = self._tokenizer.encode_pieces(pieces)
-        except DataError as error:
-            raise DataError(f"{self._documents.name(document)}: {error}") from None
-        return {"tokens": 2 * tokens + trained}
-
-
-class _Split(grain.experimental.FlatMapTransform):
-    """Cuts a document into pieces of at most `length` tokens."""
-
-    max_fan_out = 2**31
-
-    def __init__(self, length: int):
-        self._length = length
-
-    def flat_map(self, element: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        tokens = element["tokens"]
-        return [{"tokens": tokens[i : i + self._length]} for i in range(0, len(tokens), self._length)]
-
-
-def _row_dataset(
-    source: _TokenSource, block: DataSettings, shard_index: int, shard_count: int, ahead: bool
-) -> grain.IterDataset:
-    """Rows: dicts of tokens, tokens_segment_ids, tokens_positions, each [S] int32, without end."""
-    length, seed = block.sequence_length, _seed32(block.seed)
-    dataset = grain.MapDataset.source(source)
-    if block.shuffle:
-        dataset = dataset.shuffle(seed=seed)
-    dataset = dataset[shard_index::shard_count].repeat()
-    if block.packing == "none":
-        dataset = dataset.map(lambda element: _one_row(element["tokens"], length))
-    threads = min(READ_THREADS, os.cpu_count() or 1) if ahead else 0
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=READ_AHEAD if ahead else 0)
-    rows = _packed(dataset.to_iter_dataset(options), block, seed)
-    if block.shuffle_rows:
-        rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=block.shuffle_rows, seed=seed)
-    return rows
-
-
-def _packed(rows: grain.IterDataset, block: DataSettings, seed: int) -> grain.IterDataset:
-    """Documents laid into rows as data.packing says."""
-    length = block.sequence_length
-    if block.packing == "none":
-        return rows
-    lengths = {"tokens": length}
-    if block.packing == "concat_split":
-        return grain.experimental.ConcatThenSplitIterDataset(rows, length_struct=lengths)
-    packers = {
-        "first_fit": grain.experimental.FirstFitPackIterDataset,
-        "best_fit": grain.experimental.BestFitPackIterDataset,
-    }
-    return packers[block.packing](
-        grain.experimental.FlatMapIterDataset(rows, _Split(length)),
-        length_struct=lengths,
-        num_packing_bins=PACKING_BINS,
-        seed=seed,
-        shuffle_bins=block.shuffle,
-    )
-
-
-def _one_row(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """A document cut or padded to a row."""
-    count = min(len(tokens), length)
-    row = {name: np.zeros(length, np.int32) for name in ("tokens", "tokens_segment_ids", "tokens_positions")}
-    row["tokens"][:count] = tokens[:count]
-    row["tokens_segment_ids"][:count] = 1
-    row["tokens_positions"][:count] = np.arange(count)
-    return row
-
-
-def _seed32(seed: int) -> int:
-    """grain takes 32 bits and counts epochs on the seed: hashed, so that seed 1 is not seed 0 an epoch late."""
-    return int.from_bytes(hashlib.blake2b(f"data {seed}".encode(), digest_size=4).digest(), "little")
-
-
-def _with_tuples(state: Any) -> Any:
-    """Makes tuples of the pairs under "remainder_slices" again, which JSON turned into lists.
-
-    grain's ConcatThenSplit compares them with the tuple (-1, -1), "nothing left over": a list is never
-    equal to it, and the stream would silently resume at the wrong document.
-    """
-    if not isinstance(state, dict):
-        return state
-    return {
-        key: {name: tuple(pair) for name, pair in value.items()} if key == "remainder_slices" else _with_tuples(value)
-        for key, value in state.items()
-    }
-
-
 # --- Identity -------------------------------------------------------------------------------------
 
 
@@ -451,7 +366,7 @@ def _fingerprint(block: DataSettings, documents: Documents, tokenizer: Tokenizer
         "sequence_length": block.sequence_length,
         "batch_size": block.batch_size,
         "packing": block.packing,
-        "packing_bins": PACKING_BINS,
+        "packing_bins": row_pipeline.PACKING_BINS,
         "shuffle": block.shuffle,
         "shuffle_rows": block.shuffle_rows,
         "seed": block.seed,

@@ -382,7 +382,7 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
     if restored is None:
         loader.use()
     elif begins:
-        loader.keep_count(restored.data_states)
+        loader.follow(restored.data_states)
     if restored is None and recipe.model.init is not None:
         check_init(recipe)
         return start_from(program, recipe.model.init, recipe.train.seed), 0

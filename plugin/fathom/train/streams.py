@@ -104,12 +104,21 @@ class RowStreams:
                 pieces.append((k, slice(max(start - k * n, 0), min(stop - k * n, n))))
         return {name: np.concatenate([batches[k][name][part] for k, part in pieces]) for name in first}
 
-    def keep_count(self, states: Sequence[Any]) -> None:
-        """Begins with as many streams as a checkpoint of the stage before has, where the recipe does not say and they
-        divide the rows of this one: then the data does not depend on how many processes there are."""
-        count = len({state["shard_index"] for state in states})
-        kept = self._block.shards is None and count > 0 and self._block.batch_size % count == 0
+    def follow(self, states: Sequence[Any]) -> None:
+        """Begins behind the documents that the stage before has read, where they are the same in the same order.
+
+        There are as many streams as a checkpoint of that stage has, where the recipe does not say and they divide the
+        rows of this one: then the data does not depend on how many processes there are.
+
+        Raises:
+          DataError: when the states are not those of streams.
+        """
+        saved, count = _complete(states)
+        kept = self._block.shards is None and self._block.batch_size % count == 0
         self.use(count if kept else None)
+        followed = [loader.follow(saved) for loader in self._loaders.values()]
+        if not all(followed):
+            logger.info("data: other documents than the stage before had, or another order: from the first on")
 
     def restart(self) -> None:
         """Goes to the beginning of the streams there are."""
@@ -154,19 +163,8 @@ class RowStreams:
         self._saved(states)
 
     def _saved(self, states: Sequence[Any]) -> tuple[dict[int, Any], int]:
-        """Stream -> state, and the number of streams."""
-        try:
-            counts = {state["shard_count"] for state in states}
-            saved = {state["shard_index"]: state for state in states}
-            count = max(counts)
-            complete = len(counts) == 1 and sorted(saved) == list(range(count))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"data order: the checkpoint's states are not those of streams: {error!r}") from None
-        if not complete:
-            raise DataError(
-                f"data order: the checkpoint holds the states of streams {sorted(saved)} of {sorted(counts)}, expected "
-                "one for each stream; resume from another step"
-            )
+        """`_complete`, of streams that these may go on as."""
+        saved, count = _complete(states)
         if self._block.shards not in (None, count):
             raise DataError(
                 f"data.shards: {count} streams in the checkpoint, {self._block.shards} in the recipe; set "
@@ -178,6 +176,23 @@ class RowStreams:
                 "in the checkpoint; put the value back that it had"
             )
         return saved, count
+
+
+def _complete(states: Sequence[Any]) -> tuple[dict[int, Any], int]:
+    """Stream -> state, and the number of streams, of what a checkpoint holds; DataError unless it holds each one's."""
+    try:
+        counts = {state["shard_count"] for state in states}
+        saved = {state["shard_index"]: state for state in states}
+        count = max(counts)
+        complete = len(counts) == 1 and sorted(saved) == list(range(count))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"data order: the checkpoint's states are not those of streams: {error!r}") from None
+    if not complete:
+        raise DataError(
+            f"data order: the checkpoint holds the states of streams {sorted(saved)} of {sorted(counts)}, expected "
+            "one for each stream; resume from another step"
+        )
+    return saved, count
 
 
 def _reached(rows: Rows, length: int) -> list[int]:
