@@ -83,6 +83,20 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     assert history(broken, *CURVES) == history(straight, *CURVES)
 
 
+def test_sigterm_to_one_process_at_a_border_ends_both_there(tmp_path):
+    """Nothing tells the other of it but what they agree on before the next stage; then both go on, in its documents."""
+    write_text(tmp_path / "text")
+    options = same_rows(1, tensor=2)
+    options |= {"stages": [{"until": 2}, {"until": 6, "data": {"sequence_length": 64}, "mesh": {"tensor": 2}}]}
+    ends = finish(start(tmp_path, 2, term_border=True, **options))
+    assert [(end["preempted"], end["step"]) for end in ends] == [(True, 2)] * 2
+    (border,) = data_states(tmp_path, 2)
+    ends = finish(start(tmp_path, 2, **options))
+    assert [(end["preempted"], end["step"]) for end in ends] == [(False, 6)] * 2
+    (state,) = data_states(tmp_path, 6)
+    assert state["start"] == border["documents"] < state["documents"]
+
+
 def same_rows(devices, **axes):
     """Options of a short run on a mesh whose axes of more than one device cut no rows."""
     mesh = {f"mesh__{axis}": axes.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context")}

@@ -4,7 +4,8 @@
 
 Writes what came out to RESULT, as JSON; "unguarded" of it are programs compiled outside of `compile_together`. OPTIONS
 is JSON: "devices" of this process; "recipe", changes for `tests.train.runs.make_recipe`; "term_step", at which SIGTERM
-reaches the second process; "late", seconds that its compiling takes longer; "long_step": seconds from which on a step
+reaches the second process; "term_border": True for SIGTERM to it while the end of a stage is saved; "stages" of the
+recipe; "late", seconds that its compiling takes longer; "long_step": seconds from which on a step
 is a long one; "poisoned": the process that reads a poisoned batch for step 8; "hinder": True for what only one process
 meets, see `hindered`.
 """
@@ -18,7 +19,9 @@ import jax
 
 from fathom import zoo
 from fathom.distributed import initialize_distributed
+from fathom.recipe import Recipe
 from fathom.train import checkpoint_format, loop, stopping
+from fathom.train.checkpoint import Checkpoints
 from tests.train import runs, toy_model
 
 
@@ -31,6 +34,10 @@ def main(result_file: Path, folder: Path, options: dict) -> None:
     if jax.process_index() == options.get("poisoned"):
         runs.poison(setattr, 8)
     recipe = runs.make_recipe(folder, **options.get("recipe", {}))
+    recipe = Recipe.model_validate({**recipe.to_dict(), "stages": options.get("stages", [])})
+    if options.get("term_border") and jax.process_index() == 1:
+        wait = Checkpoints.wait
+        Checkpoints.wait = lambda self: (runs.sigterm(None), wait(self))[1]
     if options.get("late") and jax.process_index() == 1:
         compile_together = loop.compile_together
         loop.compile_together = lambda *given: (time.sleep(options["late"]), compile_together(*given))
