@@ -116,11 +116,6 @@ def across_slices(sizes: Sequence[int], slices: int) -> tuple[int, ...]:
     return tuple(across)
 
 
-def axes_across_slices(names: Sequence[str], sizes: Sequence[int], slices: int) -> tuple[str, ...]:
-    """The axes that span more than one slice."""
-    return tuple(name for name, n in zip(names, across_slices(sizes, slices), strict=True) if n > 1)
-
-
 def simulate_devices(count: int) -> None:
     """Splits this process's CPU into `count` simulated devices; call it before anything uses a jax backend.
 
@@ -181,7 +176,8 @@ def sharding_scope(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     slow = ()
     if isinstance(mesh, Mesh):
         sizes = tuple(mesh.shape.values())
-        slow = axes_across_slices(mesh.axis_names, sizes, _slice_count(list(mesh.devices.flat)))
+        across = across_slices(sizes, _slice_count(list(mesh.devices.flat)))
+        slow = tuple(name for name, slices in zip(mesh.axis_names, across, strict=True) if slices > 1)
     tokens = _active_rules.set(rules), _slow_axes.set(slow)
     set_mesh = (
         jax.sharding.use_abstract_mesh(mesh)

@@ -57,6 +57,19 @@ def test_a_step_that_hangs_ends_the_process_and_a_slow_save_does_not(tmp_path):
     assert "no step has completed" in read_log(tmp_path / "run")[-1]
 
 
+def test_traces_are_written_where_no_run_folder_is_yet(tmp_path):
+    """The first process makes it; another may hang before it can."""
+    code = (
+        "import sys, threading; from pathlib import Path; from fathom.train.goodput import RunClock; "
+        "from fathom.train.watchdog import Watchdog; clock = RunClock(); watchdog = Watchdog(0.1, clock, "
+        "Path(sys.argv[1])); watchdog.__enter__(); clock.enter('step'); threading.Event().wait()"
+    )
+    folder = tmp_path / "there" / "run"
+    ended = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert ended.returncode == EXIT_HUNG, ended.stderr[-3000:]
+    assert "in phase 'step'" in (folder / "hang.0.txt").read_text()
+
+
 def test_phases_have_their_own_limits():
     now = [0.0]
     clock = RunClock(lambda: now[0])
