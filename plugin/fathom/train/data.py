@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,6 +138,7 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
+        self._earlier: list[dict[str, Any]] = []  # what stages before have read of other documents, see _readings
         self._source = (ChatSource if self._marked else TokenSource)(documents, indices, tokenizer)
         self.begin(0)
 
@@ -186,6 +187,7 @@ class Loader:
                     "step": self.step,
                     "start": self._start,
                     "documents": self.documents,
+                    "earlier": self._earlier,
                     "settings": self.fingerprint["settings"],
                     "data": _data_digest(self.fingerprint),
                     "iterator": self._rows.get_state(),
@@ -201,6 +203,7 @@ class Loader:
             split, shard or number of shards, or is not a state at all.
         """
         own = self.get_state()
+        _check_version(state)
         if not isinstance(state, Mapping) or own.keys() - state.keys():
             missing = sorted(own.keys() - state.keys()) if isinstance(state, Mapping) else "everything"
             raise DataError(f"not the state of a loader: it lacks {missing}")
@@ -230,41 +233,49 @@ class Loader:
             self._rows.set_state(with_tuples(json.loads(json.dumps(state["iterator"]))))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"the state of the loader is damaged: {error!r}") from None
-        self.step, self.documents = step, documents
+        self.step, self.documents, self._earlier = step, documents, json.loads(json.dumps(state["earlier"]))
 
     def follow(self, states: Mapping[int, Mapping[str, Any]]) -> bool:
-        """Begins behind the documents that another stage has read, given the state of each of its shards at its end.
+        """Begins behind the documents that stages before have read, given all shards' states at the end of the last.
 
-        Exactly there in as many shards as that had. In another number of them all begin behind the furthest, so that
-        no document is read twice. What lay in that stage's windows and in rows half full is passed over.
+        Where that made the same rows in as many shards, their streams go on. Else the stream begins behind the
+        documents: of its own shard where there were as many, behind those of the furthest shard where there were not,
+        so that none is read twice. What lay in windows, in rows half full and ahead of them is passed over.
 
         Returns:
-          False, at the very beginning, when its documents were others, or in another order.
+          False, at the very beginning, when no stage before had these documents in this order.
 
         Raises:
-          DataError: for states of another version.
+          DataError: for states of another version, or damaged ones.
         """
         self.begin(0)
-        own, count = self.get_state(), len(states)
+        own, shard = self.get_state(), self._identity["shard_index"]
         for state in states.values():
-            if state.get("version") != STATE_VERSION:
-                raise DataError(
-                    f"version: {state.get('version')!r} in the data states of the stage before, {STATE_VERSION} here; "
-                    "cross the border between the stages with the version of Fathom that saved them"
-                )
-            if any(state[key] != own[key] for key in ("split", "data")):
+            _check_version(state)
+        try:
+            readings = [_reading([states[k] for k in sorted(states)]), *states[shard % len(states)]["earlier"]]
+            mine = _reading([own])["order"]
+            known = [reading["documents"] for reading in readings if reading["order"] == mine]
+            self._earlier = [reading for reading in readings if reading["order"] != mine]
+            if not known:
                 return False
-            if any(state["settings"].get(key) != own["settings"].get(key) for key in ORDER):
-                return False
-        shard, shards = own["shard_index"], own["shard_count"]
-        if count == shards:
-            self.begin(states[shard]["documents"])
-            return True
-        places = (divmod(state["documents"], self._shard_size(k, count)) for k, state in states.items())
-        epoch, read = max(places)
-        size = self._shard_size(shard, shards)
-        self.begin(epoch * size + min(-(-read * count // shards), size))
+            if len(states) == self._identity["shard_count"] and _same_rows(states[shard], own):
+                self.set_state({**states[shard], "settings": own["settings"], "earlier": self._earlier})
+                self.step = 0
+            else:
+                self.begin(self._behind(known[0]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the data states of the stage before are damaged: {error!r}") from None
         return True
+
+    def _behind(self, documents: Sequence[int]) -> int:
+        """Where this shard is behind the documents that shards, others in number maybe, have read of theirs."""
+        shard, shards, count = self._identity["shard_index"], self._identity["shard_count"], len(documents)
+        if count == shards:
+            return documents[shard]
+        epoch, read = max(divmod(read, self._shard_size(k, count)) for k, read in enumerate(documents))
+        size = self._shard_size(shard, shards)
+        return epoch * size + min(-(-read * count // shards), size)
 
     def _shard_size(self, index: int, count: int) -> int:
         """Documents of a shard."""
@@ -280,6 +291,27 @@ class Loader:
         _check_settings(block, index, count, split)
         indices = _select(documents, block, split, count)
         return Loader(block, documents, indices, tokenizer, vocab_size, index, count, split)
+
+
+def _check_version(state: Any) -> None:
+    if isinstance(state, Mapping) and state.get("version", STATE_VERSION) != STATE_VERSION:
+        raise DataError(
+            f"version: {state['version']!r} in the state of the data, {STATE_VERSION} here; go on with the version of "
+            "Fathom that saved it, or begin a new run"
+        )
+
+
+def _reading(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How far the shards of a stage have read: {"order": of which documents in which order, "documents": by shard}."""
+    first = states[0]
+    order = {"split": first["split"], "data": first["data"], **{key: first["settings"].get(key) for key in ORDER}}
+    return {"order": order, "documents": [operator.index(state["documents"]) for state in states]}
+
+
+def _same_rows(state: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether the newest stage's rows are those of a stream, however many of them are a batch."""
+    alike = state["data"] == own["data"] and state["split"] == own["split"]
+    return alike and state["settings"] | {"batch_size": 0} == own["settings"] | {"batch_size": 0}
 
 
 def batch_hash(batch: Mapping[str, np.ndarray]) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ from fathom.train.together import compile_together
 __all__ = ["NonFiniteError", "TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
+
+SAME_DATA = ("source", "path", "pattern", "exclude", "field", "max_bytes", "tokenizer")
+"""Where two stages have these alike, the data must be what it was when the run crosses from one to the other."""
 
 EVAL_BATCHES = 8
 
@@ -406,17 +409,23 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
 
 def _data_differences(payload: Mapping[str, Any], description: Mapping[str, Any], loader: RowStreams) -> list[str]:
     """In what a checkpoint's data is not what the loader reads, one text each."""
-    old, new = payload["data_fingerprint"], description["data_fingerprint"]
-    problems = [
-        f"data_fingerprint.{key}: {_short(old.get(key))} in the checkpoint, {_short(new.get(key))} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    problems = _fingerprint_differences(payload, description)
     try:
         loader.check(payload["data_states"])
     except DataError as error:
         problems.append(str(error))
     return problems
+
+
+def _fingerprint_differences(
+    payload: Mapping[str, Any], description: Mapping[str, Any], leave_out: Sequence[str] = ()
+) -> list[str]:
+    old, new = payload["data_fingerprint"], description["data_fingerprint"]
+    return [
+        f"data_fingerprint.{key}: {_short(old.get(key))} in the checkpoint, {_short(new.get(key))} now"
+        for key in sorted((old.keys() | new.keys()) - set(leave_out))
+        if old.get(key) != new.get(key)
+    ]
 
 
 def check_init(recipe: Recipe) -> None:
