@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fathom.recipe_blocks import DataBlock
-from fathom.train import row_pipeline
 from fathom.train.data import DataError, batch_hash, make_loader
 from fathom.train.streams import RowStreams
 from tests.train.test_data import VOCAB, random_documents, write_documents
@@ -33,7 +32,7 @@ TORUS = {p: tuple((4 * block + 2 * p, 4 * block + 2 * p + 2) for block in range(
 
 def open_all(folder, parts, *, count=None, split="train", **changes):
     """The streams of every process of a run."""
-    block = DataBlock(path=str(folder), sequence_length=16, batch_size=ROWS, **changes)
+    block = DataBlock(**{"path": str(folder), "sequence_length": 16, "batch_size": ROWS, **changes})
     count = len(set(parts.values())) if count is None else count
     return [RowStreams(block, vocab_size=VOCAB, rows=parts, process=p, count=count, split=split) for p in parts]
 
@@ -186,114 +185,3 @@ def test_a_batch_that_the_streams_of_the_checkpoint_do_not_divide(folder):
     streams = RowStreams(block, vocab_size=VOCAB, rows={0: ((0, 5),)})
     with pytest.raises(DataError, match="data.batch_size: 5 in the recipe, expected a multiple of the 2 streams"):
         streams.check(states)
-
-
-def numbered(folder, count, length):
-    """Documents "000", "001", ... padded so that each is `length` tokens with its end."""
-    return write_documents(folder, [f"{i:03}".ljust(length - 1, ".") for i in range(count)])
-
-
-def numbers(processes, batches):
-    """The numbers of the documents that begin in the next batches, in no order."""
-    found = []
-    for _ in range(batches):
-        for streams in processes:
-            rows = next(streams)
-            for tokens, positions, ids in zip(rows["tokens"], rows["positions"], rows["segment_ids"], strict=True):
-                for start in np.flatnonzero((positions == 0) & (ids > 0)):
-                    text = bytes(int(t) for t in tokens[start : start + 3]).decode(errors="replace")
-                    found += [int(text)] if text.isdigit() else []
-    return sorted(found)
-
-
-def begun_behind(folder, before, *, parts, **changes):
-    """The streams of the next stage."""
-    processes = open_all(folder, parts, **changes)
-    for streams in processes:
-        streams.follow(checkpoint(before))
-    return processes
-
-
-@pytest.mark.parametrize("name", ["1", "2", "16"])
-def test_a_stage_reads_on_where_the_one_before_has_stopped(tmp_path, name):
-    """Rows of eight tokens, then of 16: no document twice, and of each stream the one that lay in its last row not."""
-    folder = numbered(tmp_path / "text", 4 * ROWS + 2, 8)
-    block = DataBlock(path=str(folder), sequence_length=8, batch_size=ROWS, shuffle_rows=0)
-    first = [RowStreams(block, vocab_size=VOCAB, rows=even_parts(2), process=p, count=2) for p in range(2)]
-    read = numbers(first, 2)
-    second = begun_behind(folder, first, parts=SPLITS[name], shuffle_rows=0)
-    assert {streams.count for streams in second} == {2}
-    rest = numbers(second, 1)
-    assert len(set(read + rest)) == 4 * ROWS
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 8), (8, 2), (4, 1)])
-def test_no_document_is_read_twice_by_another_number_of_streams(tmp_path, before, after):
-    folder = numbered(tmp_path / "text", 260, 16)
-    first = open_all(folder, even_parts(1), shards=before, shuffle_rows=0)
-    read = numbers(first, 3)
-    second = begun_behind(folder, first, parts=even_parts(1), shards=after, shuffle_rows=0)
-    rest = numbers(second, 5)
-    assert len(set(read + rest)) == 3 * ROWS + 5 * ROWS
-    first = begun_behind(folder, second, parts=even_parts(1), shards=before, shuffle_rows=0)
-    assert len({*read, *rest, *numbers(first, 4)}) == 12 * ROWS
-
-
-@pytest.mark.parametrize("packing", ["concat_split", "first_fit", "none"])
-def test_what_lies_in_windows_is_passed_over_and_the_stage_resumes(tmp_path, packing, monkeypatch):
-    monkeypatch.setattr(row_pipeline, "PACKING_BINS", 3)
-    folder = numbered(tmp_path / "text", 400, 16)
-    settings = {"parts": even_parts(2), "packing": packing, "shuffle_rows": 12}
-    first = open_all(folder, even_parts(2), packing=packing, shuffle_rows=12)
-    read = numbers(first, 2)
-    again = open_all(folder, even_parts(2), packing=packing, shuffle_rows=12)
-    for streams in again:  # a stage that was resumed in its last step ends where it would have
-        streams.restore(checkpoint(first))
-    assert checkpoint(again) == checkpoint(first)
-    second = begun_behind(folder, again, **settings)
-    states = checkpoint(second)
-    rest = numbers(second, 6)
-    assert len(set(read + rest)) == 8 * ROWS
-    broken = begun_behind(folder, first, **settings)
-    assert numbers(broken, 3)
-    resumed = open_all(folder, even_parts(1), packing=packing, shuffle_rows=12)
-    for streams in resumed:
-        streams.restore(checkpoint(broken))
-    assert [s["documents"] for s in checkpoint(resumed)] == [s["documents"] for s in checkpoint(broken)]
-    assert all(state["start"] > 0 for state in states)
-    straight = begun_behind(folder, first, **settings)
-    numbers(straight, 3)
-    assert whole(resumed, even_parts(1)) == whole(straight, even_parts(2))
-
-
-@pytest.mark.parametrize("changes", [{"seed": 3}, {"holdout": 0.2}, {"shuffle": False}], ids=str)
-def test_another_order_begins_at_the_first_document(folder, changes, caplog):
-    caplog.set_level("INFO", logger="fathom")
-    first = open_all(folder, even_parts(1))
-    next(first[0])
-    (second,) = begun_behind(folder, first, parts=even_parts(1), **changes)
-    assert second.get_state()[0]["start"] == 0
-    assert "other documents than the stage before had, or another order: from the first on" in caplog.text
-    (third,) = begun_behind(folder, first, parts=even_parts(1))
-    assert third.get_state()[0]["start"] > 0
-
-
-def test_epochs_are_counted_over_the_border(tmp_path):
-    """Of ten documents a stage reads 23: the next begins with the fourth of the third time."""
-    folder = numbered(tmp_path / "text", 10, 16)
-    states = checkpoint(open_all(folder, even_parts(1)))
-    states[0]["documents"] = 23
-    (one,) = open_all(folder, even_parts(1))
-    one.follow(states)
-    assert one.get_state()[0]["start"] == 23
-    (two,) = open_all(folder, even_parts(1), shards=2)
-    two.follow(states)
-    assert [state["start"] for state in two.get_state()] == [12, 12]  # two epochs of five, and two of the four
-
-
-def test_states_of_another_version_do_not_lead_over_a_border(folder):
-    states = checkpoint(open_all(folder, even_parts(1)))
-    states[0]["version"] = 2
-    (streams,) = open_all(folder, even_parts(1))
-    with pytest.raises(DataError, match="version: 2 in the data states of the stage before, 3 here; cross the border"):
-        streams.follow(states)

@@ -105,7 +105,7 @@ class RowStreams:
         return {name: np.concatenate([batches[k][name][part] for k, part in pieces]) for name in first}
 
     def follow(self, states: Sequence[Any]) -> None:
-        """Begins behind the documents that the stage before has read, where they are the same in the same order.
+        """Begins behind the documents that stages before have read of the same ones in the same order.
 
         There are as many streams as a checkpoint of that stage has, where the recipe does not say and they divide the
         rows of this one: then the data does not depend on how many processes there are.
@@ -118,7 +118,7 @@ class RowStreams:
         self.use(count if kept else None)
         followed = [loader.follow(saved) for loader in self._loaders.values()]
         if not all(followed):
-            logger.info("data: other documents than the stage before had, or another order: from the first on")
+            logger.info("data: no stage before had these documents in this order: from the first on")
 
     def restart(self) -> None:
         """Goes to the beginning of the streams there are."""
