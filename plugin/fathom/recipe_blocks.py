@@ -104,7 +104,8 @@ class DataBlock(Block):
     `shards` is the number of document streams that a batch's rows come from, which decides the order of the data;
     unless given, as many as there are processes with rows of their own at the first start (`fathom.train.streams`).
     `shuffle` orders documents anew each epoch; `shuffle_rows` also mixes that many packed rows at a time, so that the
-    pieces of one long document do not fill whole batches.
+    pieces of one long document do not fill whole batches. At the end of a stage what is left of them is not trained on,
+    unless the next one's rows are the same.
 
     The source "chat" is JSON lines whose `field` ("messages" unless given) is a conversation, encoded as the models'
     releases do; only the assistant's answers are trained. `thinking_mode` is for it alone (`fathom.train.chat`):

@@ -30,13 +30,15 @@ class Stream:
         return {"number": self.read}
 
 
-def feed(schedule, last, start=1):
+def feed(schedule, last, start=1, prepares=False):
     """For each step: its batch, the state its choice was made with, and what a save would say of the data."""
     stream = Stream()
     route = lambda state, inputs: (state, inputs["number"])  # noqa: E731
     feeder = Feeder(stream.next, dict, lambda: stream.read, route, schedule, last)
     for step in range(start, last + 1):
         fed = feeder.take(step, f"state of step {step}")
+        if prepares:
+            feeder.prepare(step + 1)
         yield fed.batch["number"], fed.inputs.get("routing"), fed.data_state(), stream.read
 
 
@@ -53,6 +55,15 @@ def test_it_ends_where_it_is_told_to():
     assert [choice and int(choice[0].split()[-1]) for _, choice, *_ in fed] == [11, 11, 11, 11, None, None, None]
     assert [saved for *_, saved, _ in fed] == [1, 2, 3, 4, 5, 6, 7]
     assert [read for *_, read in fed] == [4, 4, 4, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("schedule", [Schedule(2, math.inf), Schedule(3, 4), Schedule(5, 0)], ids=str)
+def test_a_batch_that_is_prepared_changes_nothing_but_when_it_is_read(schedule):
+    prepared, plain = (list(feed(schedule, last=7, prepares=prepares)) for prepares in (True, False))
+    assert [entry[:3] for entry in prepared] == [entry[:3] for entry in plain]
+    read = [entry[3] for entry in plain]
+    # One more than plain, where the next step reads any.
+    assert [entry[3] for entry in prepared] == [min(n + 1, m) for n, m in zip(read, [*read[1:], 7], strict=True)]
 
 
 def test_without_it_nothing_is_read_ahead():

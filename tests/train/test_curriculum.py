@@ -95,6 +95,26 @@ def test_a_damaged_border_falls_back_into_the_stage_before(tmp_path):
     assert again.step == 8 and steps_on_disk(again)[-2:] == [6, 8]
 
 
+def test_data_that_has_changed_when_a_border_is_crossed_is_refused(tmp_path):
+    train(in_stages(tmp_path, "run", train__stop_at=4))
+    (tmp_path / "text" / "new.txt").write_text("more")
+    with pytest.raises(CheckpointError, match=r"data_fingerprint.files_hash: .* in the checkpoint, .* now"):
+        train(in_stages(tmp_path, "run"))
+
+
+def test_a_spike_before_the_first_save_of_a_stage_goes_back_to_its_border(tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo._registered, "toy-lm", runs.poisoned(toy_model.TOY))
+    runs.poison(monkeypatch.setattr, 6)
+    stages = ({"until": 4}, {"until": 12, "data": {"sequence_length": 64}, "mesh": {"fsdp": 8}})
+    recipe = in_stages(tmp_path, "run", stages, train__spike={"factor": 20.0, "window": 4}, checkpoint__every=20)
+    result = train(recipe)
+    assert result.step == 12 and steps_on_disk(result) == [4, 12]
+    border, end = (json.loads(runs.saved_data_state(result, step))[0] for step in (4, 12))
+    # Back from step 10 with six batches read; eight steps more.
+    assert end["start"] == border["documents"] and end["step"] == 14
+    assert any("back to step 4" in line for line in runs.read_log(recipe.run_dir))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_go_on_where_training_goes_on(tmp_path, monkeypatch, name):
     """On another mesh; those of the toy's temperature, which does not train before the second stage, begin at zero."""

@@ -69,6 +69,28 @@ def test_a_process_that_resumes_adds_to_what_was_stored_and_counts_lost_steps(tm
     assert second.metrics()["time/step"] == 30.0 and second.metrics()["time/redone"] == 50.0
 
 
+def test_time_between_processes_is_down_time(tmp_path):
+    """Also what a killed process did after it last stored its times."""
+    moment, date = Time(), Time()
+    first = RunClock(moment, date)
+    spend(first, moment, step=60.0)
+    date.now += 60.0
+    first.store(tmp_path, 6)
+    date.now += 25.0 + 100.0  # 25 seconds until it is killed
+    moment.now = 7.0  # another process's
+    second = RunClock(moment, date)
+    date.now += 15.0
+    spend(second, moment, compile=15.0)
+    second.add_stored(tmp_path, 6)
+    values = second.metrics()
+    assert values["time/down"] == 125.0 and values["goodput"] == 60.0 / 200.0
+    second.store(tmp_path, 6)
+    date.now -= 50.0  # a host whose clock is late
+    third = RunClock(moment, date)
+    third.add_stored(tmp_path, 6)
+    assert third.metrics()["time/down"] == 125.0
+
+
 def test_times_that_cannot_be_read_stop_nobody(tmp_path, caplog):
     (tmp_path / "time.json").write_text('{"step": 4, "steps": 4, "sec')
     clock = RunClock(Time())

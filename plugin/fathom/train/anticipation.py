@@ -57,8 +57,22 @@ class Schedule(NamedTuple):
         return {step <= self.until for step in (first, last) if first <= last}
 
 
+class StateAfter:
+    """The data iterator's state after a batch: asked for when it is wanted, or, before more is read, settled."""
+
+    def __init__(self, state: Callable[[], Any]):
+        self._state = state
+
+    def __call__(self) -> Any:
+        return self._state()
+
+    def settle(self) -> None:
+        value = self._state()
+        self._state = lambda: value
+
+
 class Feeder:
-    """Gives each step its batch, and reads ahead where steps anticipate.
+    """Gives each step its batch, and reads ahead where steps anticipate, or where there is time for it.
 
     Args:
       read: step -> its batch, called once for each step in order.
@@ -79,22 +93,35 @@ class Feeder:
         self._read, self._place, self._data_state, self._route = read, place, data_state, route
         self._schedule, self._last = schedule, last
         self._ahead: deque[Fed] = deque()
+        self._prepared: tuple[Mapping[str, np.ndarray], StateAfter] | None = None
+        self._newest: StateAfter | None = None
 
     def take(self, step: int, state: Any) -> Fed:
         """The batch of `step`, to be called with the state that it begins with, before that is given up."""
-        delay, until = self._schedule
-        target = max(step, min(step + delay, until, self._last))
-        for number in range(step + len(self._ahead), int(target) + 1):
-            batch = self._read(number)
+        for number in range(step + len(self._ahead), self._target(step) + 1):
+            batch, after = self._prepared or self._next(number, settle=number > step)
+            self._prepared = None
             inputs = self._place(batch)
-            if number <= until:
+            if number <= self._schedule.until:
                 inputs["routing"] = self._route(state, inputs)
-            self._ahead.append(Fed(batch, inputs, self._state_after(number, target)))
+            self._ahead.append(Fed(batch, inputs, after))
         return self._ahead.popleft()
 
-    def _state_after(self, number: int, target: float) -> Callable[[], Any]:
-        """Of the batch just read; taken at once only where more will be read before it may be asked for."""
-        if number == target and not self._ahead:
-            return self._data_state
-        state = self._data_state()
-        return lambda: state
+    def prepare(self, step: int) -> None:
+        """Reads the batch that `take` of `step` would read first; to be called while the devices still compute."""
+        number = step + len(self._ahead)
+        if self._prepared is None and number <= self._target(step):
+            self._prepared = self._next(number, settle=True)
+
+    def _target(self, step: int) -> int:
+        """The step whose batch is the last that `step` has read; below `step` behind the last."""
+        delay, until = self._schedule
+        return int(min(max(step, min(step + delay, until)), self._last))
+
+    def _next(self, number: int, settle: bool) -> tuple[Mapping[str, np.ndarray], StateAfter]:
+        """A batch from the loader, and the state after it; `settle` where that of the one before may yet be wanted."""
+        if settle and self._newest is not None:
+            self._newest.settle()
+        batch = self._read(number)
+        self._newest = StateAfter(self._data_state)
+        return batch, self._newest

@@ -22,25 +22,27 @@ costs nothing. Saves in the background cost what they hold up."""
 REDONE = "redone"
 """Time of steps that were lost, to a crash or a rollback, and had to be done again: no phase, taken out of "step"."""
 
+DOWN = "down"
+"""Time between two processes of a run, and what one that was killed did after it last stored its own: no phase."""
+
 
 class RunClock:
     """Divides a run's wall time, from when it is made, among `PHASES`, of which one is under way at any moment.
 
-    Processes that resume a run add up, through `TIME_FILE` in the run folder; the time between them is not counted,
-    nor what a killed process spent since it last stored its own.
+    Processes that resume a run add up, through `TIME_FILE` in the run folder, with the time between them (`DOWN`).
 
     Args:
-      now: seconds on a clock that never goes back.
+      now: seconds on a clock that never goes back. date: seconds on one that other processes have too.
 
     Attributes:
       mark: (phase, when the run last got further); one assignment, so that another thread may read it.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic):
-        self._now = now
-        self._since = now()
+    def __init__(self, now: Callable[[], float] = time.monotonic, date: Callable[[], float] = time.time):
+        self._now, self._date = now, date
+        self._since, self._begun = now(), date()
         self._phase = "other"
-        self._seconds = dict.fromkeys((*PHASES, REDONE), 0.0)
+        self._seconds = dict.fromkeys((*PHASES, REDONE, DOWN), 0.0)
         self._steps = 0
         self.mark = (self._phase, self._since)
 
@@ -78,7 +80,7 @@ class RunClock:
             self._steps -= steps
 
     def metrics(self) -> dict[str, float]:
-        """"goodput", from 0 to 1, and "time/<phase>" in seconds, "time/redone" among them."""
+        """"goodput", from 0 to 1, and "time/<phase>" in seconds, "time/redone" and "time/down" among them."""
         self.enter(self._phase)
         total = sum(self._seconds.values())
         goodput = self._seconds["step"] / total if total else 0.0
@@ -98,7 +100,7 @@ class RunClock:
         self.enter(self._phase)
         path = folder / TIME_FILE
         temporary = path.with_name(path.name + ".tmp")
-        text = json.dumps({"step": step, "steps": self._steps, "seconds": self._seconds})
+        text = json.dumps({"step": step, "steps": self._steps, "seconds": self._seconds, "date": self._date()})
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
 
@@ -110,11 +112,12 @@ class RunClock:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             seconds = {name: float(stored["seconds"].get(name, 0.0)) for name in self._seconds}
-            steps, last = int(stored["steps"]), int(stored["step"])
+            steps, last, date = int(stored["steps"]), int(stored["step"]), float(stored["date"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: not the times of a run (%r); goodput counts from now on", path, error)
             return
         for name, value in seconds.items():
             self._seconds[name] += value
+        self._seconds[DOWN] += max(self._begun - date, 0.0)  # clocks of two hosts may differ
         self._steps += steps
         self.lose(last - step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -198,6 +199,12 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
         last=last,
     )
 
+    def prepare(step: int) -> None:
+        """Reads a batch while the devices compute; what they had to wait for it is time for data."""
+        clock.enter("data")
+        feeder.prepare(step)
+        clock.enter("step", was="step" if report.busy() else None)
+
     def batches(step: int) -> int:
         return step - run.stage.first + skipped
 
@@ -227,7 +234,7 @@ def run_steps(run: StageRun, state: TrainState, start: int, skipped: int) -> Tra
                     report.message(f"traced steps up to {done} in {session.profiler.close()}")
                 report.restart_clock()
             checkpoints.poll()
-            stopping = run.stop.requested()
+            stopping = run.stop.requested(meanwhile=functools.partial(prepare, done + 1))
             if run.holdout is not None and done % recipe.train.eval_every == 0:
                 report.flush()
                 with clock.during("evaluation"):
@@ -372,6 +379,8 @@ def restore_or_init(run: StageRun, resumes: bool) -> tuple[TrainState, int]:
         problems += [p for p in config_differences(payload, program.spec) if p not in problems]
         if not begins:
             problems += _data_differences(payload, run.description, loader)
+        elif all(getattr(stage.previous.data, key) == getattr(recipe.data, key) for key in SAME_DATA):
+            problems += _fingerprint_differences(payload, run.description, leave_out=("settings",))
         if problems:
             raise CheckpointError(
                 f"{checkpoints.directory} belongs to another run, {len(problems)} differences:\n  "

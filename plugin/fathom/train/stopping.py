@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,11 +63,12 @@ class StopSignal:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._all = jax.jit(lambda told: jnp.max(told, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def requested(self) -> bool:
+    def requested(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """To be called by every process after each step was dispatched.
 
         With several processes the answer is that of one call before, which never waits for the devices, until a step
-        takes `LONG_STEP`, to any of them: from then on it is this call's, and waits for the step.
+        takes `LONG_STEP`, to any of them: from then on it is this call's, and waits for the step. `meanwhile` is what
+        to do before it waits.
         """
         if jax.process_count() == 1:
             return self._termination.due
@@ -77,6 +79,7 @@ class StopSignal:
             return False
         stop, longest = np.asarray(previous)
         if not stop and longest >= LONG_STEP:
+            meanwhile()
             stop, _ = np.asarray(self._in_flight)
         return bool(stop)
 
