@@ -255,6 +255,14 @@ def test_inspect_prints_and_writes_json(tmp_path, capsys):
     assert json.loads(path.read_text())["tensors"] == 357
 
 
+def test_inspect_of_a_recipe_prints_all_its_keys(tmp_path, capsys):
+    assert main(["inspect", "v4-flash-64k-v5p", "--json", str(tmp_path / "recipe.json")]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    recipe = fathom.load_recipe("v4-flash-64k-v5p")
+    assert fathom.load_recipe(tmp_path / "again.yaml") == recipe
+    assert json.loads((tmp_path / "recipe.json").read_text()) == recipe.to_dict()
+
+
 def test_inspect_of_nothing(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     assert main(["inspect", str(tmp_path)]) == 2

@@ -9,6 +9,7 @@ the command that needs them: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import traceback
@@ -127,8 +128,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("convert", "convert between Hub folders and Fathom checkpoints, exactly", run_convert)
     cli_convert.add_arguments(sub)
 
-    sub = command("inspect", "say what a checkpoint is and what is wrong with it", run_inspect)
-    sub.add_argument("path", metavar="PATH", help="a file or folder of the Hub's, or a Fathom run")
+    sub = command("inspect", "say what a checkpoint or a recipe is and what is wrong with it", run_inspect)
+    sub.add_argument(
+        "path", metavar="PATH", help="a file or folder of the Hub's, a Fathom run, or a recipe: all its keys as they are"
+    )
     sub.add_argument("--json", metavar="F", help="also write the report to this file")
     sub.add_argument(
         "--verify", action="store_true", help="also recompute the checksums a conversion left (reads everything)"
@@ -199,9 +202,17 @@ def run_convert(arguments: argparse.Namespace) -> int:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """fathom inspect: exit code 1 when the checkpoint has problems."""
     from fathom.cli_inspect import inspect_path
+    from fathom.recipe import load_recipe
+    from fathom.recipe_files import is_recipe
 
     if arguments.json and (problem := output_problem(Path(arguments.json))):
         raise ArgumentProblem(f"--json {arguments.json}: {problem}")  # before checksums of hours
+    if is_recipe(arguments.path):
+        recipe = load_recipe(arguments.path)
+        print(recipe.to_yaml(), end="")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return DONE
     report = inspect_path(arguments.path, verify=arguments.verify)
     print(report.to_text())
     if arguments.json:

@@ -52,6 +52,12 @@ def recipe_names() -> list[str]:
     return sorted({file.stem for folder in recipe_folders() for file in folder.glob("*.yaml")})
 
 
+def is_recipe(source: str) -> bool:
+    """Whether a path or a name stands for a recipe: a YAML file, or a known name that is no path."""
+    path = Path(source).expanduser()
+    return path.suffix in (".yaml", ".yml") and path.is_file() or (not path.exists() and source in recipe_names())
+
+
 def find_recipe(source: str, beside: Path | None, key: str) -> Path:
     """The file a path or a name stands for; relative paths may also start from `beside`."""
     candidates = [beside / source] if beside else []
