@@ -130,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", "say what a checkpoint or a recipe is and what is wrong with it", run_inspect)
     sub.add_argument(
-        "path", metavar="PATH", help="a file or folder of the Hub's, a Fathom run, or a recipe, of which it prints all keys"
+        "path", metavar="PATH", help="a file or folder of the Hub's, a Fathom run, or a recipe: prints all its keys"
     )
     sub.add_argument("--json", metavar="F", help="also write the report to this file")
     sub.add_argument(
