@@ -233,8 +233,9 @@ def run(arguments: Sequence[str], hosts: int, grace: float) -> int:
       grace: seconds that the others have to end once one has ended.
 
     Returns:
-      0 when all are done, 3 when all have saved and stopped for preemption, 2 for a recipe that the first to fail found
-      wrong, 130 when interrupted, else 1.
+      0 when all are done, 3 when all have saved and stopped for preemption, 130 when interrupted, 1 when one was ended
+      by a signal or had to be killed; else the exit code of the first to fail: 2 (the recipe is wrong), 4 (ended by the
+      watchdog) and 5 (diverged) among them.
     """
     with Processes(arguments, hosts, grace) as processes:
         return processes.wait()

@@ -83,7 +83,7 @@ def make_plan(
         except TopologyError as error:
             raise ArgumentProblem(f"--topology: {error}") from None
         overrides = [*overrides, f"mesh.topology={topology}"]
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, overrides, elsewhere=True)
     if recipe.mesh.topology is None:
         raise ArgumentProblem(
             f"--on {target} needs to know the slice, and recipe {recipe.name} has no mesh.topology; give --topology, "
