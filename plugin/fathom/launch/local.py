@@ -22,6 +22,8 @@ from typing import IO, Any
 
 from fathom.cli_problem import ArgumentProblem
 from fathom.distributed import ADDRESS, COUNT, INDEX
+from fathom.host_memory import host_memory
+from fathom.launch import checks
 from fathom.launch.rank import LAUNCHER
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
@@ -35,8 +37,8 @@ def check(recipe: Recipe, hosts: int) -> None:
 
     Raises:
       ArgumentProblem: for a number of hosts below 1.
-      RecipeError: when several hosts have no simulated devices to share, or cannot share them evenly, and for whatever
-        `Recipe.check` finds.
+      RecipeError: when several hosts have no simulated devices to share, or cannot share them evenly; for whatever
+        `checks.check_rehearsal` finds.
     """
     if hosts < 1:
         raise ArgumentProblem(f"--hosts is {hosts}, expected at least 1")
@@ -44,10 +46,9 @@ def check(recipe: Recipe, hosts: int) -> None:
     key, expected = "mesh.simulated_devices", f"a multiple of {hosts}, which the processes share"
     if hosts > 1 and simulated is None:
         raise RecipeError([Problem(key, "nothing", expected, "set it to the product of the mesh axes")], recipe.name)
-    if simulated is not None:
-        if simulated % hosts:
-            raise RecipeError([Problem(key, f"{simulated}", expected, "change it, or --hosts")], recipe.name)
-        recipe.check(simulated)
+    if simulated is not None and simulated % hosts:
+        raise RecipeError([Problem(key, f"{simulated}", expected, "change it, or --hosts")], recipe.name)
+    checks.check_rehearsal(recipe, host_memory())
 
 
 def environments(hosts: int) -> list[dict[str, str]]:
