@@ -206,12 +206,19 @@ def test_output_names_its_process(pretend, capfd):
     assert sorted(err.splitlines()) == ["[1] err", "[2] err", "err"]
 
 
+def test_variables_reach_every_process(pretend, recipe_file, capfd):
+    pretend("print(os.environ['PRICE'], flush=True)")
+    assert main(["launch", str(recipe_file), "--on", "local", "--hosts", "2", "--env", "PRICE=$5 a=b"]) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == ["$5 a=b", "[1] $5 a=b"]
+
+
 @pytest.mark.parametrize(
     ("code", "expected", "words"),
     [
         ("sys.exit(3)", 3, ""),
         ("sys.exit(0 if i else 3)", 3, ""),
         ("sys.exit(2)", 2, "failed with exit code 2; its last lines"),
+        ("sys.exit(4)", 4, "failed with exit code 4; its last lines"),
         ("sys.exit(5)", 5, "failed with exit code 5; its last lines"),
         ("if i == 1: print('the reason'); sys.exit(1)\ntime.sleep(100)", 1, "process 1 of 3 failed with exit code 1"),
         ("if i == 2: os.kill(os.getpid(), 9)\ntime.sleep(100)", 1, "process 2 of 3 was ended by SIGKILL; its last"),
@@ -348,7 +355,7 @@ def recipe_file(tmp_path, monkeypatch):
         (["--hosts", "2", "mesh.simulated_devices=null"], "mesh.simulated_devices: found nothing; expected a"),
         (["--hosts", "2", "mesh.simulated_devices=4"], "expected 8, the product of the mesh axes"),
         (["--hosts", "2", "train.stepz=3"], "did you mean train.steps?"),
-        (["--hosts", "2", "--image", "x"], "--image: not for --on local, which takes --grace"),
+        (["--hosts", "2", "--image", "x"], "--image: not for --on local, which takes --env, --grace"),
         (["--dry-run", "checkpoint.directory=gs://BUCKET/a"], "'gs://BUCKET/a', a placeholder; expected a bucket of"),
         (["mesh.simulated_devices=null", "data.path=gs://BUCKET/a"], "data.path: found 'gs://BUCKET/a', a placeholder"),
         (["--grace", "0"], "--grace is 0, expected at least 1"),

@@ -27,7 +27,7 @@ OWN_DISK = {
 SHARED_DISK = {
     "jobset": "a --volume",
     "xpk": "a storage that the cluster mounts (xpk storage attach)",
-    "tpu-vm": "a mount that outlives them",
+    "tpu-vm": "a mount that outlives them (--setup)",
 }
 
 
@@ -154,7 +154,9 @@ def _how_to_mount(key: str, path: str, target: str) -> str:
     """The fix for text that is remote."""
     if target == "xpk":
         return f"have the cluster mount it (xpk storage attach, --auto-mount=true), and give {key}=/its/mount/point"
-    if target != "jobset" or not path.startswith("gs://"):
+    if target == "tpu-vm":
+        return f"mount or copy it on the hosts (--setup COMMAND does, on each of them), and give {key}=/the/place/there"
+    if not path.startswith("gs://"):
         return f"mount or copy it on the hosts, and give {key}=/the/place/there"
     folder, place = path.rstrip("/"), "/data"
     if posixpath.splitext(folder)[1] and folder.count("/") > 2:  # a file; what is mounted is its folder
