@@ -29,6 +29,8 @@ def test_help_lists_the_commands_and_nothing_else(capsys):
     commands = ["train", "plan", "launch", "logits", "convert", "inspect", "doctor"]
     listed = re.findall(r"^    ([a-z]+) ", text.partition("commands:")[2].partition("Exit codes")[0], re.MULTILINE)
     assert listed == commands
+    codes = " ".join(text.partition("Exit codes: ")[2].split())
+    assert [int(code) for code in re.findall(r"(?:^|, )(\d+) [a-z]", codes)] == [0, 1, 2, 3, 4, 5, 130]
 
 
 def test_the_version(capsys):

@@ -27,6 +27,7 @@ ALLOWED = {
         "fathom.hub",
     ),
     "fathom.topology": (),
+    "fathom.host_memory": (),
     "fathom.recipe_checks": ("fathom.zoo",),
     "fathom.plan": (
         "fathom.plan",
@@ -43,6 +44,7 @@ ALLOWED = {
         "fathom.launch",
         "fathom.distributed",
         "fathom.cli_problem",
+        "fathom.host_memory",
         "fathom.topology",
         "fathom.cli",
         "fathom.recipe",

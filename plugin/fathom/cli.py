@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fathom",
         description="Train DeepSeek-V4 and DeepSeek-V3.2 in JAX.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad arguments or recipe, 3 stopped for preemption "
-        "after a complete save, 4 ended by the watchdog for standing still, 130 interrupted.",
+        "after a complete save, 4 ended by the watchdog for standing still, 5 diverged, 130 interrupted.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.set_defaults(run=_no_command(parser), command="", debug=False)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from fathom.cli_problem import ArgumentProblem
 
 TARGETS = ("local", "jobset", "xpk", "tpu-vm")
 OPTIONS = {
-    "local": {"grace"},
+    "local": {"env", "grace"},
     "jobset": {
-        "topology", "name", "image", "namespace", "max_restarts", "grace", "service_account", "spot", "mount", "volume",
+        "topology", "name", "image", "namespace", "context", "max_restarts", "grace", "service_account", "spot",
+        "mount", "volume", "env", "env_from_secret", "label", "node_selector",
     },
-    "xpk": {"topology", "name", "image", "cluster", "project", "zone", "max_restarts", "grace", "spot"},
-    "tpu-vm": {"topology", "name", "project", "zone", "install", "runtime", "spot", "reserved"},
+    "xpk": {"topology", "name", "image", "cluster", "project", "zone", "max_restarts", "grace", "spot", "env", "extra"},
+    "tpu-vm": {
+        "topology", "name", "project", "zone", "install", "setup", "runtime", "spot", "reserved", "env", "extra",
+    },
 }  # fmt: skip
 """Which options each target takes; others are refused."""
 
@@ -43,6 +47,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--volume", action="append", metavar="CLAIM=/PATH", help="a PersistentVolumeClaim, to write too (jobset)"
     )
+    _add_passed_on(sub)
     sub.add_argument("--cluster", help="GKE cluster (xpk)")
     sub.add_argument("--project", help="of Google Cloud (tpu-vm, xpk)")
     sub.add_argument("--zone", help="of Google Cloud (tpu-vm, xpk)")
@@ -52,16 +57,52 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="what uv installs on the hosts: a wheel here, git+https://..., or a requirement (tpu-vm; unless given "
         "fathom-jax[tpu], which needs fathom-jax on a package index)",
     )
+    sub.add_argument(
+        "--setup",
+        metavar="COMMAND",
+        help="of a shell (sh), run on every host at each launch, before the start, to mount or copy data (tpu-vm)",
+    )
     sub.add_argument("--runtime", help="image of the hosts (tpu-vm; that of the generation)")
     sub.add_argument("--spot", action="store_true", default=None, help="capacity that may be taken away")
     sub.add_argument("--reserved", action="store_true", default=None, help="capacity of a reservation (tpu-vm)")
-    sub.add_argument("--max-restarts", type=int, metavar="N", help="after failures (jobset, xpk; 10)")
+    sub.add_argument("--max-restarts", type=int, metavar="N", help="after failures (jobset, xpk; 1000)")
     sub.add_argument(
         "--grace",
         type=int,
         metavar="SECONDS",
         help="from SIGTERM to SIGKILL (jobset, xpk; the recipe's train.grace); for the others once a process has ended "
         "(local; 30)",
+    )
+
+
+def _add_passed_on(sub: argparse.ArgumentParser) -> None:
+    """The arguments that others than the launch know the meaning of."""
+    several = {"action": "append"}
+    sub.add_argument("--env", **several, metavar="NAME=VALUE", help="a variable of the run's environment; repeatable")
+    sub.add_argument(
+        "--env-from-secret",
+        **several,
+        metavar="NAME",
+        help="a Secret of the namespace, whose keys are variables; repeatable (jobset)",
+    )
+    sub.add_argument(
+        "--label",
+        **several,
+        metavar="NAME=VALUE",
+        help="of the JobSet, for example kueue.x-k8s.io/queue-name=QUEUE; repeatable (jobset)",
+    )
+    sub.add_argument(
+        "--node-selector",
+        **several,
+        metavar="NAME=VALUE",
+        help="a label that nodes must have beside the slice's; repeatable (jobset)",
+    )
+    sub.add_argument("--context", help="of kubectl (jobset; the current one)")
+    sub.add_argument(
+        "--extra",
+        **several,
+        metavar="ARGUMENT",
+        help="given to the command that creates, as it is: --extra=--reservation=NAME; repeatable (xpk, tpu-vm)",
     )
 
 
@@ -74,6 +115,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
       ArgumentProblem, RecipeError: for what cannot be launched; all else as the targets raise it.
     """
     given = _given(arguments)
+    _read_passed_on(given, arguments.on)
     if arguments.on == "local":
         return _local(arguments, given)
     from fathom.launch import jobset, tpu_vm, xpk
@@ -103,7 +145,7 @@ def run_launch(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, object]:
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The target's options that were given; ArgumentProblem, naming all, for others, missing and senseless ones."""
     known = set().union(*OPTIONS.values())
     given = {name: value for name in sorted(known) if (value := getattr(arguments, name)) is not None}
@@ -124,14 +166,25 @@ def _given(arguments: argparse.Namespace) -> dict[str, object]:
     return given
 
 
-def _local(arguments: argparse.Namespace, given: dict[str, object]) -> int:
+def _read_passed_on(given: dict[str, Any], target: str) -> None:
+    """Turns the texts NAME=VALUE into mappings; ArgumentProblem for what is none."""
+    from fathom.launch import jobset, passed
+
+    if "env" in given:
+        given["env"] = passed.read_environment(given["env"], target)
+    for name, taken in (("label", jobset.LABELS), ("node_selector", jobset.SELECTORS)):
+        if name in given:
+            given[name] = passed.read_labels("--" + name.replace("_", "-"), given[name], taken)
+
+
+def _local(arguments: argparse.Namespace, given: dict[str, Any]) -> int:
     from fathom.launch import local
     from fathom.recipe import load_recipe
 
     hosts = 1 if arguments.hosts is None else arguments.hosts
     local.check(load_recipe(arguments.recipe, arguments.overrides), hosts)
-    train = [arguments.recipe, *arguments.overrides]
+    train, env = [arguments.recipe, *arguments.overrides], given.get("env", {})
     if arguments.dry_run:
-        print("\n".join(local.commands(train, hosts)))
+        print("\n".join(local.commands(train, hosts, env)))
         return 0
-    return local.run(train, hosts, float(given.get("grace", LOCAL_GRACE)))
+    return local.run(train, hosts, float(given.get("grace", LOCAL_GRACE)), env)

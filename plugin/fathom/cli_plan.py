@@ -44,7 +44,7 @@ def run_plan(arguments: argparse.Namespace) -> bool:
     from fathom.plan.report import stages_text
     from fathom.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides, elsewhere=True)
     reports = []
     for report in plan(
         recipe,

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from fathom.host_memory import host_memory
+
 PACKAGES = (
     "fathom-jax",
     "jax",
@@ -242,13 +244,9 @@ def _unused_accelerators(platforms: Sequence[str]) -> list[Finding]:
 
 def _host_memory() -> Finding:
     """Memory of the machine, or of the container where that is less."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
+    total = host_memory()
+    if total is None:
         return Finding("info", "host memory is unknown on this system")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else ""
-    total = min(total, int(text)) if text.isdigit() else total
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     line = f"{cores} CPU cores, {total / 2**30:.1f} GiB host memory"
     if total < LOW_MEMORY:

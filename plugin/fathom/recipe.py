@@ -36,7 +36,7 @@ from fathom.recipe_checks import (
 )
 from fathom.recipe_combinations import cross_problems
 from fathom.recipe_files import apply_overrides, find_recipe, read_with_base
-from fathom.recipe_stages import check_stages, stage_recipes
+from fathom.recipe_stages import check_stages, found_elsewhere, stage_recipes
 
 if TYPE_CHECKING:
     from fathom.layers.options import ComputeOptions
@@ -163,12 +163,13 @@ def _readable_blocks(values: Mapping[str, Any]) -> dict[str, Any]:
     return blocks
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Recipe:
     """Reads a recipe.
 
     Args:
       source: a YAML file, or the name of one in recipes/.
       overrides: "a.b.c=value" strings; the value is read as YAML.
+      elsewhere: it is for other machines: whether its data is on this one is no problem.
 
     Raises:
       RecipeError: listing every problem at once, combinations that cannot work included as far as
@@ -182,7 +183,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += schema_problems(error, Recipe, values)
-        problems += cross_problems(_readable_blocks(values), None)
+        combinations = cross_problems(_readable_blocks(values), None)
+        problems += found_elsewhere(combinations) if elsewhere else combinations
     if not problems:
         stage_recipes(recipe)
     if problems:

@@ -154,8 +154,13 @@ def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:
 
 
 def check_elsewhere(recipe: Recipe, num_devices: int | None) -> list[Problem]:
-    """`check_stages` of a recipe that will run on other machines: whether its data is there is checked there."""
-    return [p for p in check_stages(recipe, num_devices) if not p.key.endswith(("data.path", "data.tokenizer"))]
+    """`check_stages` of a recipe that will run on other machines."""
+    return found_elsewhere(check_stages(recipe, num_devices))
+
+
+def found_elsewhere(problems: list[Problem]) -> list[Problem]:
+    """Those that are problems on other machines too: whether the data is there is checked there."""
+    return [problem for problem in problems if not problem.key.endswith(("data.path", "data.tokenizer"))]
 
 
 def blocks_of(recipe: Recipe) -> dict[str, BaseModel]:

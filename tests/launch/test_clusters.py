@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -28,7 +30,6 @@ SCHEMA = json.loads((Path(__file__).parent / "jobset.schema.json").read_text())
 
 def problems(manifest) -> list[str]:
     return [error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(manifest)]
-
 
 
 # topology: slices, hosts a slice, chips a host, node labels, xpk's type, devices
@@ -162,16 +163,24 @@ def test_what_each_exit_code_does(recipe, capsys):
     assert outcome(job_set, 3) == "RestartJobSetAndIgnoreMaxRestarts"
     assert outcome(job_set, 3, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
     assert outcome(job_set, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
-    assert outcome(job_set, 1) == outcome(job_set, 4) == outcome(job_set, 137) == "RestartJobSet"
+    # 134: aborted, since another was lost, and before Kubernetes noticed that.
+    assert {outcome(job_set, code) for code in (1, 4, 134, 137)} == {"RestartJobSet"}
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 4
     assert pod_of(job_set)["terminationGracePeriodSeconds"] == 300
+
+
+def test_restarts_last_for_months(recipe, capsys):
+    _, job_set = manifests(capsys, recipe())
+    assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 1000
+    words = shlex.split(dry_run(capsys, "xpk", recipe(), *TARGETS["xpk"]), comments=True)
+    assert read_xpk(words).max_restarts == "1000"
 
 
 @pytest.mark.parametrize(("overrides", "seconds"), [([], 600), (["train.grace=77"], 77)])
 def test_the_grace_is_the_recipes_unless_given(recipe, capsys, overrides, seconds):
     _, job_set = manifests(capsys, recipe(), *overrides)
     assert pod_of(job_set)["terminationGracePeriodSeconds"] == seconds
-    words = shlex.split(dry_run(capsys, "xpk", recipe(), *TARGETS["xpk"], *overrides))
+    words = shlex.split(dry_run(capsys, "xpk", recipe(), *TARGETS["xpk"], *overrides), comments=True)
     assert f"--termination-grace-period-seconds={seconds}" in words
 
 
@@ -187,6 +196,25 @@ def test_options_of_a_jobset(recipe, capsys):
     assert (toleration["key"], toleration["effect"]) == ("cloud.google.com/gke-spot", "NoSchedule")
 
 
+EVERYTHING = ["--spot", "--service-account", "a", "--mount", "gs://some-bucket/a=/a", "--volume", "b=/b",
+              "--env", "A=b", "--env-from-secret", "keys"]  # fmt: skip
+
+
+def test_kubernetes_own_schemas_know_every_field(recipe, capsys):
+    """Published ones, that refuse fields they do not know: of the ConfigMap, and of the Jobs that a JobSet makes."""
+    config, job_set = manifests(capsys, recipe(), *EVERYTHING)
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(config, version, strict=True)
+    (group,) = job_set["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", **group["template"]}
+    kubernetes_validate.validate(job, version, strict=True)
+    for manifest, place in ((config, ["metadata"]), (job, ["spec", "template", "spec", "containers", 0, "env", 0])):
+        spoilt = copy.deepcopy(manifest)
+        functools.reduce(lambda value, key: value[key], place, spoilt)["names"] = "a"
+        with pytest.raises(kubernetes_validate.ValidationError, match="'names' was unexpected"):
+            kubernetes_validate.validate(spoilt, version, strict=True)
+
+
 def places(value, path=()):
     """The path of every key and item."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -197,8 +225,7 @@ def places(value, path=()):
 
 def test_the_schema_finds_every_misspelt_key(recipe, capsys):
     """Or it would prove nothing."""
-    volumes = ["--mount", "gs://some-bucket/a=/a", "--volume", "b=/b"]
-    _, job_set = manifests(capsys, recipe(), "--spot", "--service-account", "a", *volumes)
+    _, job_set = manifests(capsys, recipe(), *EVERYTHING)
     paths = [path for path in places(job_set) if isinstance(path[-1], str)]
     assert len(paths) > 75
     for path in paths:
@@ -220,6 +247,25 @@ def test_kubectl_gets_the_manifest(recipe, capsys, tmp_path):
     assert calls(log) == []
     assert launch("jobset", source, *TARGETS["jobset"]) == 0
     assert calls(log) == [[ASKED, ""], [["apply", "-f", "-"], expected]]
+    assert launch("jobset", source, *TARGETS["jobset"], "--context", "my one") == 0
+    assert [arguments for arguments, _ in calls(log)[2:]] == [
+        ["--context=my one", *ASKED],
+        ["--context=my one", "apply", "-f", "-"],
+    ]
+
+
+def test_what_is_printed_deletes_all_of_a_launch(recipe, capsys, tmp_path):
+    install_tool(tmp_path, "kubectl", "sys.exit(0)")
+    source = recipe()
+    options = [*TARGETS["jobset"], "--namespace", "team", "--context", "a"]
+    documents = yaml.safe_load_all(dry_run(capsys, "jobset", source, *options))
+    assert launch("jobset", source, *options) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    *command, selector = shlex.split(line.partition(": ")[2])
+    assert command == ["kubectl", "--context=a", "delete", "jobset,configmap", "-n", "team", "-l"]
+    wanted = dict(pair.split("=") for pair in selector.split(","))
+    for document in documents:
+        assert wanted.items() <= document["metadata"]["labels"].items() and len(wanted) == 2
 
 
 def test_a_name_that_is_taken(recipe, capsys, tmp_path):
@@ -229,6 +275,7 @@ def test_a_name_that_is_taken(recipe, capsys, tmp_path):
     err = capsys.readouterr().err
     assert "JobSet my-run-1 is there already" in err and "kubectl delete jobset my-run-1 -n team. The chec" in err
     assert "gs://bucket/run stay, and the next launch resumes" in err
+    assert "once it is deleted, kubectl delete configmap -n team -l app.kubernetes.io/managed-by=fathom," in err
     assert [arguments[0] for arguments, _ in calls(log)] == ["get"]
 
 
@@ -246,7 +293,8 @@ def test_a_kubectl_that_fails(recipe, capsys, tmp_path, verb):
 
 XPK_OPTIONS = {"workload", "cluster", "tpu-type", "num-slices", "docker-image", "max-restarts", "restart-on-exit-codes",
                "termination-grace-period-seconds", "command", "project", "zone"}  # fmt: skip
-"""Those of `xpk workload create` in xpk 1.0 and 1.16 that take a value and are of use here; `--spot` takes none."""
+"""Those of `xpk workload create` in xpk 1.0 and 1.16 that take a value and are of use here; `--spot` takes none, and
+`--env` may come again."""
 
 XPK_RESTARTS = {42, *range(127, 256)}
 """Exit codes with which its JobSet starts anew, beside those of --restart-on-exit-codes; others fail it at once."""
@@ -258,6 +306,7 @@ def read_xpk(words):
     for name in XPK_OPTIONS:
         parser.add_argument(f"--{name}")
     parser.add_argument("--spot", action="store_true")
+    parser.add_argument("--env", action="append")
     assert words[:3] == ["xpk", "workload", "create"]
     found, unknown = parser.parse_known_args(words[3:])
     assert unknown == []
@@ -267,9 +316,9 @@ def read_xpk(words):
 @pytest.mark.parametrize("topology", SLICES)
 def test_xpk_is_asked_for_the_slices(recipe, capsys, nothing_starts, topology):
     slices, *_, tpu_type, _ = SLICES[topology]
-    out = dry_run(capsys, "xpk", recipe(topology), *TARGETS["xpk"])
-    assert out.count("\n") == 1
-    found = read_xpk(shlex.split(out))
+    line, *comments = dry_run(capsys, "xpk", recipe(topology), *TARGETS["xpk"]).splitlines()
+    assert all(comment.startswith("#") for comment in comments)
+    found = read_xpk(shlex.split(line))
     assert (found.tpu_type, found.num_slices) == (tpu_type, str(slices))
     assert (found.workload, found.cluster, found.docker_image) == ("my-run-1", "c", "registry/fathom:1")
     restarts = XPK_RESTARTS | {int(code) for code in found.restart_on_exit_codes.split(",")}
@@ -303,7 +352,7 @@ def in_shell(command, folder):
 def test_what_xpk_runs(recipe, capsys, tmp_path, monkeypatch):
     source = recipe()
     options = ["--project", "p", "--zone", "z", "--spot", "--max-restarts", "2", "--grace", "90"]
-    words = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"], *options, "train.steps=9"))
+    words = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"], *options, "train.steps=9"), comments=True)
     found = read_xpk(words)
     assert (found.project, found.zone, found.spot, found.max_restarts) == ("p", "z", True, "2")
     assert found.termination_grace_period_seconds == "90"
@@ -316,7 +365,7 @@ def test_what_xpk_runs(recipe, capsys, tmp_path, monkeypatch):
 def test_xpk_gets_the_command(recipe, capsys, tmp_path):
     log = install_tool(tmp_path, "xpk", "sys.exit(0)")
     source = recipe()
-    expected = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"]))
+    expected = shlex.split(dry_run(capsys, "xpk", source, *TARGETS["xpk"]), comments=True)
     assert launch("xpk", source, *TARGETS["xpk"]) == 0
     assert calls(log) == [[expected[1:], ""]]
 
@@ -379,7 +428,7 @@ def test_what_does_not_fit_together(recipe, capsys, nothing_starts, target, argu
         ("jobset", "v6e:4x4", [], "--image: needed for --on jobset"),
         ("xpk", "v6e:4x4", [], "--cluster, --image: needed for --on xpk"),
         ("tpu-vm", "v6e:4x4", ["--zone", "z"], "--project: needed for --on tpu-vm; nothing here can know it"),
-        ("tpu-vm", "v6e:4x4", [*VM_OPTIONS, "--image", "x"], "--image: not for --on tpu-vm, which takes --install"),
+        ("tpu-vm", "v6e:4x4", [*VM_OPTIONS, "--image", "x"], "--image: not for --on tpu-vm, which takes --env, "),
         ("tpu-vm", "v6e:4x4", [*VM_OPTIONS, "--spot", "--reserved"], "--spot and --reserved"),
         ("tpu-vm", "tpu7x:4x4x4", VM_OPTIONS, "TPU7x is there in GKE only; use --on jobset"),
         ("jobset", "2*v4:2x2x1", TARGETS["jobset"], "GKE joins slices of several hosts each, and v4:2x2x1 has one"),

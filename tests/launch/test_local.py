@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fathom import host_memory as memory
 from fathom import zoo
 from fathom.cli import main
 from fathom.launch import local
+from fathom.recipe import load_recipe
 from fathom.step_folder import read_payload
 from fathom.train.metrics import read_metrics
 from tests.train import runs, toy_model
@@ -204,12 +206,19 @@ def test_output_names_its_process(pretend, capfd):
     assert sorted(err.splitlines()) == ["[1] err", "[2] err", "err"]
 
 
+def test_variables_reach_every_process(pretend, recipe_file, capfd):
+    pretend("print(os.environ['PRICE'], flush=True)")
+    assert main(["launch", str(recipe_file), "--on", "local", "--hosts", "2", "--env", "PRICE=$5 a=b"]) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == ["$5 a=b", "[1] $5 a=b"]
+
+
 @pytest.mark.parametrize(
     ("code", "expected", "words"),
     [
         ("sys.exit(3)", 3, ""),
         ("sys.exit(0 if i else 3)", 3, ""),
         ("sys.exit(2)", 2, "failed with exit code 2; its last lines"),
+        ("sys.exit(4)", 4, "failed with exit code 4; its last lines"),
         ("sys.exit(5)", 5, "failed with exit code 5; its last lines"),
         ("if i == 1: print('the reason'); sys.exit(1)\ntime.sleep(100)", 1, "process 1 of 3 failed with exit code 1"),
         ("if i == 2: os.kill(os.getpid(), 9)\ntime.sleep(100)", 1, "process 2 of 3 was ended by SIGKILL; its last"),
@@ -346,7 +355,9 @@ def recipe_file(tmp_path, monkeypatch):
         (["--hosts", "2", "mesh.simulated_devices=null"], "mesh.simulated_devices: found nothing; expected a"),
         (["--hosts", "2", "mesh.simulated_devices=4"], "expected 8, the product of the mesh axes"),
         (["--hosts", "2", "train.stepz=3"], "did you mean train.steps?"),
-        (["--hosts", "2", "--image", "x"], "--image: not for --on local, which takes --grace"),
+        (["--hosts", "2", "--image", "x"], "--image: not for --on local, which takes --env, --grace"),
+        (["--dry-run", "checkpoint.directory=gs://BUCKET/a"], "'gs://BUCKET/a', a placeholder; expected a bucket of"),
+        (["mesh.simulated_devices=null", "data.path=gs://BUCKET/a"], "data.path: found 'gs://BUCKET/a', a placeholder"),
         (["--grace", "0"], "--grace is 0, expected at least 1"),
     ],
 )
@@ -354,6 +365,31 @@ def test_what_cannot_be_rehearsed(recipe_file, nothing_starts, capsys, arguments
     assert main(["launch", str(recipe_file), "--on", "local", *arguments]) == 2
     out, err = capsys.readouterr()
     assert words in err and out == ""
+
+
+@pytest.mark.parametrize("mode", [["--hosts", "2"], ["--hosts", "1", "--dry-run"]])
+def test_a_model_that_this_machine_cannot_hold(recipe_file, nothing_starts, monkeypatch, capsys, mode):
+    recipe = load_recipe(recipe_file)
+    needed = recipe.model_spec().num_params(recipe.model_spec().config).total * 12  # AdamW, all in float32
+    monkeypatch.setattr(local, "host_memory", lambda: needed - 1)
+    assert main(["launch", str(recipe_file), "--on", "local", *mode]) == 2
+    out, err = capsys.readouterr()
+    assert "mesh.simulated_devices: found 8, which share this machine's" in err and out == ""
+    assert "8 bytes of moments" in err and "take a smaller model" in err
+    for enough in (needed, None):
+        monkeypatch.setattr(local, "host_memory", lambda enough=enough: enough)
+        assert main(["launch", str(recipe_file), "--on", "local", "--dry-run"]) == 0
+
+
+def test_the_memory_of_this_machine(monkeypatch, tmp_path):
+    """Of its container, where that has less."""
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", limit)
+    whole = memory.host_memory()
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 2**28
+    for text, expected in (("max\n", whole), ("4096\n", 4096), (f"{2 * whole}\n", whole)):
+        limit.write_text(text)
+        assert memory.host_memory() == expected
 
 
 def test_a_dry_run_prints_a_line_for_each_process(recipe_file, nothing_starts, capsys):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fathom import zoo
+from fathom.cli import main
 from fathom.launch import checks
 from fathom.recipe import load_recipe
 from fathom.recipe_files import recipe_names
@@ -41,6 +42,21 @@ def test_volumes_of_a_jobset(recipe, capsys):
     ] + [{"persistentVolumeClaim": {"claimName": "fs-1"}}]
     _, job_set = manifests(capsys, recipe(), "--volume", "fs-1=/runs")
     assert "metadata" not in job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["launch", "--on", "jobset", *TARGETS["jobset"]], "1 problem\n"),
+        (["plan"], "1 problem\n"),
+        (["train"], "2 problems\n"),  # here the data must be here
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_data_of_other_machines_is_no_problem_beside_others(recipe, capsys, nothing_starts, command, told):
+    assert main([*command, recipe(), "metrics.directory=gs://y/run"]) == 2
+    out, err = capsys.readouterr()
+    assert told in err and "metrics.directory: found 'gs://y/run'" in err and out == ""
 
 
 JOBSET_VOLUMES = ["--volume", "fs=/runs", "--mount", "gs://some-bucket=/data"]

@@ -57,6 +57,7 @@ case "$*" in *broken*) exit 7 ;; esac
 """,
     "trains": """#!/bin/sh
 trap 'echo saved; exit 3' TERM
+printf '%s\n' "$LIBTPU_INIT_ARGS" > ~/variable
 echo "$@" >> ~/started
 for i in $(seq 600); do sleep 0.05; done
 """,
@@ -208,6 +209,36 @@ def test_an_installation_that_fails_starts_nothing(recipe, capfd, tmp_path, gclo
     gcloud()
     assert launch("tpu-vm", recipe("v5p:4x4x4"), *VM_OPTIONS, "--install", "broken") == 1
     assert "failed with exit code 7" in capfd.readouterr().err
+    assert not (tmp_path / "host0" / "started").exists()
+
+
+# Quotes, and what would end or change the shell around it.
+SETUP = """test -e uv.log && ! test -e started && mkdir -p "my data" && echo 'a $HOME' > "my data/text"; exit # so"""
+
+
+@pytest.mark.parametrize("how", ["run", "script"])
+def test_hosts_are_set_up_before_the_start(recipe, capfd, tmp_path, gcloud, how):
+    """Once they have been installed; and the run gets its variables."""
+    log = gcloud()
+    arguments = [recipe("v5p:4x4x4"), *VM_OPTIONS, "--setup", SETUP, "--env", "LIBTPU_INIT_ARGS=--a='b c' --d=$e"]
+    if how == "run":
+        assert launch("tpu-vm", *arguments) == 0
+    else:
+        done = in_shell(dry_run(capfd, "tpu-vm", *arguments), tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert verbs(log).count("ssh") == 4
+    for home in homes(tmp_path):
+        wait_for((home / "started").exists)
+        assert (home / "my data" / "text").read_text() == "a $HOME\n"
+        assert (home / "variable").read_text() == "--a='b c' --d=$e\n"
+
+
+def test_a_setup_that_fails_starts_nothing(recipe, capfd, tmp_path, gcloud):
+    gcloud()
+    assert launch("tpu-vm", recipe("v5p:4x4x4"), *VM_OPTIONS, "--setup", "echo the reason >&2; exit 7") == 1
+    err = capfd.readouterr().err
+    assert "the reason\n" in err and "--setup failed with exit code 7; nothing was started here" in err
+    assert "failed with exit code 7; its own message is above" in err
     assert not (tmp_path / "host0" / "started").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fathom.launch.volumes import Volume, volume_of
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_elsewhere, stage_recipes
+from fathom.recipe_stages import check_elsewhere, check_stages, stage_recipes
 from fathom.topology import Topology
 
 GIB = 2**30
@@ -27,7 +27,7 @@ OWN_DISK = {
 SHARED_DISK = {
     "jobset": "a --volume",
     "xpk": "a storage that the cluster mounts (xpk storage attach)",
-    "tpu-vm": "a mount that outlives them",
+    "tpu-vm": "a mount that outlives them (--setup)",
 }
 
 
@@ -38,11 +38,27 @@ def check_recipe(recipe: Recipe, slices: Topology, target: str, volumes: Sequenc
     if recipe.mesh.simulated_devices is not None:
         found, expected = f"{recipe.mesh.simulated_devices}, for --on {target}", "nothing: the devices are the slice's"
         problems.append(Problem("mesh.simulated_devices", found, expected, "add mesh.simulated_devices=null"))
-    problems += _placeholder_problems(recipe)
+    problems += _placeholder_problems(recipe, told=["data.path"])  # as any remote text, with BUCKET in the fix
     problems += _data_problems(recipe, target)
     problems += _path_problems(recipe, target, volumes)
     if not wrong_model:
         problems += _state_problems(recipe, slices)
+    if problems:
+        raise RecipeError(problems, recipe.name)
+
+
+def check_rehearsal(recipe: Recipe, memory: int | None) -> None:
+    """RecipeError with everything that keeps a recipe from running here.
+
+    Args:
+      memory: bytes that this machine has, None where it does not tell. Simulated devices have nothing else.
+    """
+    simulated = recipe.mesh.simulated_devices
+    problems = [] if simulated is None else check_stages(recipe, simulated)
+    wrong_model = any("model" in problem.key for problem in problems)
+    problems += _placeholder_problems(recipe)
+    if simulated is not None and memory is not None and not wrong_model:
+        problems += _rehearsal_problems(recipe, memory)
     if problems:
         raise RecipeError(problems, recipe.name)
 
@@ -103,13 +119,13 @@ def _input_paths(recipe: Recipe) -> dict[str, str]:
     return {key: path for key, path in found.items() if path not in (None, "bytes")}
 
 
-def _placeholder_problems(recipe: Recipe) -> Iterator[Problem]:
+def _placeholder_problems(recipe: Recipe, told: Sequence[str] = ()) -> Iterator[Problem]:
+    """Buckets that nobody has; `told`: keys of which another problem tells."""
     values = recipe.to_dict()
     parts = {"": values} | {f"stages.{number}: ": stage for number, stage in enumerate(values.pop("stages"))}
     for prefix, part in parts.items():
         for key, value in _texts(part):
-            # Of remote text another problem tells, with the bucket to be replaced in its fix.
-            if re.fullmatch(PLACEHOLDER, value) and key != "data.path":
+            if re.fullmatch(PLACEHOLDER, value) and key not in told:
                 expected, fix = "a bucket of yours for BUCKET", f"replace it in the recipe, or give {key}=..."
                 yield Problem(prefix + key, f"{value!r}, a placeholder", expected, fix)
 
@@ -138,7 +154,9 @@ def _how_to_mount(key: str, path: str, target: str) -> str:
     """The fix for text that is remote."""
     if target == "xpk":
         return f"have the cluster mount it (xpk storage attach, --auto-mount=true), and give {key}=/its/mount/point"
-    if target != "jobset" or not path.startswith("gs://"):
+    if target == "tpu-vm":
+        return f"mount or copy it on the hosts (--setup COMMAND does, on each of them), and give {key}=/the/place/there"
+    if not path.startswith("gs://"):
         return f"mount or copy it on the hosts, and give {key}=/the/place/there"
     folder, place = path.rstrip("/"), "/data"
     if posixpath.splitext(folder)[1] and folder.count("/") > 2:  # a file; what is mounted is its folder
@@ -175,12 +193,37 @@ def _path_problems(recipe: Recipe, target: str, volumes: Sequence[Volume]) -> It
 
 def _state_problems(recipe: Recipe, slices: Topology) -> Iterator[Problem]:
     """Chips that cannot hold the parameters and the optimizer's moments, spread evenly and with nothing beside them."""
+    limit = slices.generation.hbm_bytes
+    for prefix, needed, what in _states_above(recipe, limit * slices.devices):
+        yield Problem(
+            f"{prefix}mesh.topology",
+            f"{slices}, {slices.devices} devices with {limit / GIB:.1f} GiB each, "
+            f"{slices.devices * limit / 1e12:.1f} TB in all",
+            f"at least {needed / slices.devices / GIB:.1f} GiB each, {needed / 1e12:.1f} TB in all: {what}",
+            "take a larger slice; this lower bound is without gradients and activations, `fathom plan` tells them",
+        )
+
+
+def _rehearsal_problems(recipe: Recipe, memory: int) -> Iterator[Problem]:
+    """The same of a machine whose memory is that of all simulated devices."""
+    for prefix, needed, what in _states_above(recipe, memory):
+        yield Problem(
+            f"{prefix}mesh.simulated_devices",
+            f"{recipe.mesh.simulated_devices}, which share this machine's {memory / GIB:.1f} GiB",
+            f"at least {needed / GIB:.1f} GiB: {what}",
+            "take a smaller model (model.name, or less in model.config); this lower bound is without gradients and "
+            "activations",
+        )
+
+
+def _states_above(recipe: Recipe, room: int) -> Iterator[tuple[str, int, str]]:
+    """Stages whose parameters and moments are more than `room` bytes: the prefix of keys, the bytes, what they are."""
     spec = recipe.model_spec()
-    total, limit = spec.num_params(spec.config).total, slices.generation.hbm_bytes
+    total = spec.num_params(spec.config).total
     each, moments = BYTES[recipe.model.param_dtype], BYTES[recipe.optimizer.momentum_dtype]
     if recipe.optimizer.name == "adamw":
         moments += BYTES["float32"]  # the second ones; Muon has none, but for what it leaves to AdamW
-    if total * (each + moments) <= limit * slices.devices:
+    if total * (each + moments) <= room:
         return  # whatever trains
     told: set[str] = set()
     for number, stage in enumerate(stage_recipes(recipe)):
@@ -189,17 +232,13 @@ def _state_problems(recipe: Recipe, slices: Topology) -> Iterator[Problem]:
             continue
         told.add(kind)
         trained = _trained(stage)
-        needed = (total * each + trained * moments) / slices.devices
-        if needed > limit:
-            yield Problem(
-                f"stages.{number}: mesh.topology" if recipe.stages else "mesh.topology",
-                f"{slices}, {slices.devices} devices with {limit / GIB:.1f} GiB each, "
-                f"{slices.devices * limit / 1e12:.1f} TB in all",
-                f"at least {needed / GIB:.1f} GiB each, {needed * slices.devices / 1e12:.1f} TB in all: "
+        needed = total * each + trained * moments
+        if needed > room:
+            what = (
                 f"{total / 1e9:.1f} billion parameters of {each} bytes, and {moments} bytes of moments for each of the "
-                f"{trained / 1e9:.1f} billion that train",
-                "take a larger slice; this lower bound is without gradients and activations, `fathom plan` tells them",
+                f"{trained / 1e9:.1f} billion that train"
             )
+            yield f"stages.{number}: " if recipe.stages else "", needed, what
 
 
 def _trained(recipe: Recipe) -> int:

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import IO, Any
 
 from fathom.cli_problem import ArgumentProblem
 from fathom.distributed import ADDRESS, COUNT, INDEX
-from fathom.launch.rank import LAUNCHER
+from fathom.host_memory import host_memory
+from fathom.launch import checks
+from fathom.launch.rank import LAUNCHER, UNBUFFERED
 from fathom.recipe import Recipe
 from fathom.recipe_checks import Problem, RecipeError
 
@@ -35,8 +38,8 @@ def check(recipe: Recipe, hosts: int) -> None:
 
     Raises:
       ArgumentProblem: for a number of hosts below 1.
-      RecipeError: when several hosts have no simulated devices to share, or cannot share them evenly, and for whatever
-        `Recipe.check` finds.
+      RecipeError: when several hosts have no simulated devices to share, or cannot share them evenly; for whatever
+        `checks.check_rehearsal` finds.
     """
     if hosts < 1:
         raise ArgumentProblem(f"--hosts is {hosts}, expected at least 1")
@@ -44,25 +47,24 @@ def check(recipe: Recipe, hosts: int) -> None:
     key, expected = "mesh.simulated_devices", f"a multiple of {hosts}, which the processes share"
     if hosts > 1 and simulated is None:
         raise RecipeError([Problem(key, "nothing", expected, "set it to the product of the mesh axes")], recipe.name)
-    if simulated is not None:
-        if simulated % hosts:
-            raise RecipeError([Problem(key, f"{simulated}", expected, "change it, or --hosts")], recipe.name)
-        recipe.check(simulated)
+    if simulated is not None and simulated % hosts:
+        raise RecipeError([Problem(key, f"{simulated}", expected, "change it, or --hosts")], recipe.name)
+    checks.check_rehearsal(recipe, host_memory())
 
 
-def environments(hosts: int) -> list[dict[str, str]]:
-    """What each process finds in its environment beside ours."""
+def environments(hosts: int, env: Mapping[str, str]) -> list[dict[str, str]]:
+    """What each process finds in its environment beside ours; `env`: what all of them do."""
     if hosts == 1:
-        return [{}]
+        return [dict(env)]
     address = f"localhost:{_free_port()}"
-    return [{ADDRESS: address, COUNT: str(hosts), INDEX: str(i)} for i in range(hosts)]
+    return [{ADDRESS: address, COUNT: str(hosts), INDEX: str(i), **env} for i in range(hosts)]
 
 
-def commands(arguments: Sequence[str], hosts: int) -> list[str]:
+def commands(arguments: Sequence[str], hosts: int, env: Mapping[str, str]) -> list[str]:
     """A line of shell for each process, to be started side by side."""
     train = [sys.executable, "-m", "fathom", "train", *arguments]
     lines = []
-    for settings in environments(hosts):
+    for settings in environments(hosts, env):
         values = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
         lines.append(" ".join([*values, shlex.join(train)]))
     return lines
@@ -79,11 +81,11 @@ class Processes:
 
     Args:
       arguments: of `fathom train`. hosts: how many processes.
-      grace: seconds that the others have to end once one has ended.
+      grace: seconds that the others have to end once one has ended. env: variables of all of them, beside ours.
     """
 
-    def __init__(self, arguments: Sequence[str], hosts: int, grace: float):
-        self._arguments, self._hosts, self._grace = list(arguments), hosts, grace
+    def __init__(self, arguments: Sequence[str], hosts: int, grace: float, env: Mapping[str, str]):
+        self._arguments, self._hosts, self._grace, self._env = list(arguments), hosts, grace, env
         self._started: list[subprocess.Popen] = []
         self._readers: list[list[threading.Thread]] = []
         self._tails = [collections.deque(maxlen=TAIL_LINES) for _ in range(hosts)]
@@ -95,7 +97,7 @@ class Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._handlers[number] = signal.signal(number, self._forward)
         try:
-            for index, settings in enumerate(environments(self._hosts)):
+            for index, settings in enumerate(environments(self._hosts, self._env)):
                 self._start(index, settings)
         except BaseException:
             self.__exit__()
@@ -120,7 +122,7 @@ class Processes:
             return  # told to stop before all were started: those that are will not find the others, and end
         process = subprocess.Popen(
             self._command(),
-            env=os.environ | settings | {LAUNCHER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | settings | {LAUNCHER: str(os.getpid()), UNBUFFERED: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -223,7 +225,7 @@ class Processes:
         return PREEMPTED if PREEMPTED in dict(ends).values() else DONE
 
 
-def run(arguments: Sequence[str], hosts: int, grace: float) -> int:
+def run(arguments: Sequence[str], hosts: int, grace: float, env: Mapping[str, str] = MappingProxyType({})) -> int:
     """Trains as `hosts` processes here.
 
     SIGTERM and SIGINT are passed on to all of them. A process that fails, or ends without the others, ends the run.
@@ -231,10 +233,12 @@ def run(arguments: Sequence[str], hosts: int, grace: float) -> int:
     Args:
       arguments: of `fathom train`: the recipe and its overrides.
       grace: seconds that the others have to end once one has ended.
+      env: variables of all of them, beside ours.
 
     Returns:
-      0 when all are done, 3 when all have saved and stopped for preemption, 2 for a recipe that the first to fail found
-      wrong, 130 when interrupted, else 1.
+      0 when all are done, 3 when all have saved and stopped for preemption, 130 when interrupted, 1 when one was ended
+      by a signal or had to be killed; else the exit code of the first to fail: 2 (the recipe is wrong), 4 (ended by the
+      watchdog) and 5 (diverged) among them.
     """
-    with Processes(arguments, hosts, grace) as processes:
+    with Processes(arguments, hosts, grace, env) as processes:
         return processes.wait()

@@ -53,6 +53,11 @@ class Plan:
         encoded = base64.b64encode(self.recipe_yaml.encode()).decode()
         return f"echo {encoded} | base64 -d > {path}"
 
+    def recipe_comment(self) -> str:
+        """The same recipe as comments of a shell, for those who read the command."""
+        lines = ["the recipe that is written there:", "", *self.recipe_yaml.rstrip("\n").split("\n")]
+        return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+
 
 def make_plan(
     source: str,
@@ -83,7 +88,7 @@ def make_plan(
         except TopologyError as error:
             raise ArgumentProblem(f"--topology: {error}") from None
         overrides = [*overrides, f"mesh.topology={topology}"]
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, overrides, elsewhere=True)
     if recipe.mesh.topology is None:
         raise ArgumentProblem(
             f"--on {target} needs to know the slice, and recipe {recipe.name} has no mesh.topology; give --topology, "

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-LAUNCHER = "FATHOM_LAUNCHER_PID"
+LAUNCHER, UNBUFFERED = "FATHOM_LAUNCHER_PID", "PYTHONUNBUFFERED"
 POLL_SECONDS = 0.2
 SAVE_SECONDS = 60.0
 """How long an abandoned process may take to stop and save."""

@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fathom.cli_problem import ArgumentProblem
@@ -53,7 +53,8 @@ class Options:
     Attributes:
       project, zone: where. install: what to install on the hosts: a wheel here, a URL, or a requirement.
       runtime: image of the hosts, that of the generation unless given. spot: hosts that may be taken away.
-      reserved: take them from a reservation.
+      reserved: take them from a reservation. extra: arguments of `create`, as they are.
+      setup: a command of a shell, run on every host before each start. env: variables of the run.
     """
 
     project: str
@@ -62,6 +63,9 @@ class Options:
     runtime: str | None = None
     spot: bool = False
     reserved: bool = False
+    extra: Sequence[str] = ()
+    setup: str | None = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def wheel(self) -> Path | None:
@@ -129,6 +133,7 @@ def commands(plan: Plan, options: Options) -> Commands:
         *nodes,
         *(["--spot"] if options.spot else []),
         *(["--reserved"] if options.reserved else []),
+        *options.extra,
     ]
 
     ssh, everywhere = [*queued, "ssh", plan.name, *where], ["--node=all", "--worker=all"]
@@ -141,10 +146,12 @@ def commands(plan: Plan, options: Options) -> Commands:
     if options.wheel is not None:
         to = f"{plan.name}:{FOLDER.removeprefix('~/')}/"
         copy = [[*queued, "scp", str(options.wheel), to, *where, *everywhere]]
+    setup = [on_all(_set_up(options.setup))] if options.setup else []
+    start = _start(recipe, options.env)
     return Commands(
         describe=[*queued, "describe", plan.name, *where, "--format=value(state.state)"],
         create=create,
-        on_hosts=[on_all(_prepare(plan, recipe)), *copy, on_all(_install(options)), on_all(_start(recipe))],
+        on_hosts=[on_all(_prepare(plan, recipe)), *copy, on_all(_install(options)), *setup, on_all(start)],
         follow=[*ssh, "--node=0", "--worker=0", f"--command=tail -n 100 -F {LOG}"],
         stop=on_all(_stop()),
         delete=[*queued, "delete", plan.name, *where, "--force"],
@@ -174,13 +181,20 @@ def _install(options: Options) -> str:
     )
 
 
-def _start(recipe: str) -> str:
+def _set_up(command: str) -> str:
+    """Runs the user's command in a shell of its own, whatever it does to that."""
+    failed = 'echo "$(hostname): --setup failed with exit code $code; nothing was started here" >&2; exit $code'
+    return f"sh -c {shlex.quote(command)} || {{ code=$?; {failed}; }}"
+
+
+def _start(recipe: str, env: Mapping[str, str]) -> str:
     """Starts the run in a session of its own. It inherits the lock, which the system frees when the run is gone.
 
     Where the lock is taken although `_prepare` found it free, this very command has run before: gcloud repeats it.
     """
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in env.items())
     run = (
-        f'echo "$(date -u): {recipe}"; {PYTHON} -m fathom train {recipe} & echo $! > {PID}; '
+        f'echo "$(date -u): {recipe}"; {variables}{PYTHON} -m fathom train {recipe} & echo $! > {PID}; '
         'wait $!; code=$?; echo "$(date -u): ended with exit code $code"'
     )
     return (
@@ -207,7 +221,7 @@ def _afterwards(made: Commands) -> list[str]:
 
 
 def text(plan: Plan, options: Options) -> str:
-    """The launch as a shell script."""
+    """The launch as a shell script, and the recipe in it as comments."""
     made = commands(plan, options)
     describe = shlex.join(made.describe)
     lines = [
@@ -221,7 +235,7 @@ def text(plan: Plan, options: Options) -> str:
         *map(shlex.join, made.on_hosts),
         *(f"# {line}" for line in _afterwards(made)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + plan.recipe_comment()
 
 
 def run(plan: Plan, options: Options) -> None:

@@ -23,7 +23,9 @@ POD_ANNOTATIONS = {"gke-gcsfuse/volumes": "true"}
 BUCKET = r"gs://[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9](/[^\s,:]+)?"
 """A comma or a colon in a folder's name would end it among the driver's options."""
 
-CLAIM = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+OBJECT = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
+"""The name of a claim, or of another object of Kubernetes."""
+
 PATH = r"(/(?!\.{1,2}(/|$))[^/\s:]+)+"
 
 
@@ -79,7 +81,7 @@ def read_volumes(mounts: Sequence[str], claims: Sequence[str]) -> tuple[Volume, 
     volumes, problems = [], []
     for option, texts, source_form, expected in (
         ("--mount", mounts, BUCKET, "gs://BUCKET=/PATH or gs://BUCKET/FOLDER=/PATH"),
-        ("--volume", claims, CLAIM, "CLAIM=/PATH, the name of a PersistentVolumeClaim"),
+        ("--volume", claims, OBJECT, "CLAIM=/PATH, the name of a PersistentVolumeClaim"),
     ):
         for text in texts:
             source, _, path = text.rpartition("=")

@@ -10,10 +10,13 @@ every workload (`xpk storage attach`).
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
+from collections.abc import Mapping, Sequence
 
 from fathom.cli_problem import ArgumentProblem
 from fathom.launch import jobset
+from fathom.launch.passed import for_kubernetes
 from fathom.launch.plan import Plan, find_tool, run_tool
 from fathom.topology import Topology
 
@@ -35,15 +38,18 @@ class Options:
         given.
       max_restarts: after all that restarts. grace: seconds between SIGTERM and SIGKILL, into which the rest of a step,
         one more, and a save must fit; the recipe's `train.grace` unless given. spot: take preemptible capacity.
+      env: variables of the container. extra: arguments that xpk gets as they are.
     """
 
     image: str
     cluster: str
     project: str | None = None
     zone: str | None = None
-    max_restarts: int = 10
+    max_restarts: int = jobset.MAX_RESTARTS
     grace: int | None = None
     spot: bool = False
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    extra: Sequence[str] = ()
 
 
 def longest_name(topology: Topology) -> int:
@@ -52,9 +58,15 @@ def longest_name(topology: Topology) -> int:
 
 
 def check(plan: Plan, options: Options) -> None:
-    """ArgumentProblem for slices that GKE does not join, or that xpk has no name for."""
+    """ArgumentProblem for slices that GKE does not join, or that xpk has no name for; for variables that it spoils."""
     jobset.check_slices(plan.topology)
     tpu_type(plan.topology)
+    # It puts values between double quotes of YAML, and changes nothing in them.
+    if wrong := [name for name, value in options.env.items() if re.search(r'["\\\n\r]', value)]:
+        raise ArgumentProblem(
+            f"--env {', '.join(wrong)}: xpk spoils values with a double quote, a backslash or a line's end; write it "
+            "without, or use --on jobset"
+        )
 
 
 def tpu_type(topology: Topology) -> str:
@@ -89,12 +101,13 @@ def command(plan: Plan, options: Options) -> list[str]:
         f"--command={train}",
     ]
     words += [f"--{name}={value}" for name in ("project", "zone") if (value := getattr(options, name))]
-    return [*words, "--spot"] if options.spot else words
+    words += [f"--env={name}={for_kubernetes(value)}" for name, value in options.env.items()]
+    return [*words, *(["--spot"] if options.spot else []), *options.extra]
 
 
 def text(plan: Plan, options: Options) -> str:
-    """The command as a line of shell."""
-    return shlex.join(command(plan, options)) + "\n"
+    """The command as a line of shell, and the recipe in it as comments."""
+    return f"{shlex.join(command(plan, options))}\n{plan.recipe_comment()}"
 
 
 def run(plan: Plan, options: Options) -> None:
