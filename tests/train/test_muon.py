@@ -254,6 +254,10 @@ def test_small_weights_are_made_together():
     with sharding_scope(mesh, rules):
         assert count_flops(all_of, xs) == alone
         got = jax.jit(all_of)(xs)
+        # A weight of 16 beside them stays by itself, and is not copied: devices hold half of each matrix's rows.
+        sixteen = jax.make_jaxpr(lambda *x: orthogonal(x, [weights[0], *weights], RMS, jnp.dtype("float32")))
+        program = str(sixteen(jnp.zeros((16, 8, 24)), *xs))
+        assert "f32[8,4,24]" in program and "f32[24,4,24]" not in program
     for x, one in zip(got, want, strict=True):
         np.testing.assert_allclose(x, one, rtol=1e-4, atol=1e-6)
 
