@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SLICE",
         help="v5p:8x8x8, 2*v6e:16x16 for two slices, or cpu; the recipe's mesh.topology unless given",
     )
-    parser.add_argument("--stage", type=int, metavar="N", help="plan this stage alone, counted from 1")
+    parser.add_argument("--stage", metavar="N", help="plan this stage alone: its number, from 1, or its name")
     parser.add_argument(
         "--fit", choices=("batch", "sequence"), help="look for the most rows, or the longest sequence, that fit"
     )
@@ -41,7 +41,7 @@ def run_plan(arguments: argparse.Namespace) -> bool:
     """
     _check_outputs(arguments)
     from fathom.plan.planner import plan
-    from fathom.plan.report import stages_text
+    from fathom.plan.report import run_total, stages_text
     from fathom.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, elsewhere=True)
@@ -60,6 +60,8 @@ def run_plan(arguments: argparse.Namespace) -> bool:
         print(("\n" if len(reports) > 1 else "") + report.to_text(), flush=True)
         if arguments.json:
             values = [report.to_dict() for report in reports]
+            if len(values) > 1:
+                values = [{**value, "run_so_far": run_total(reports[:i])} for i, value in enumerate(values, 1)]
             Path(arguments.json).write_text(json.dumps(values[0] if len(values) == 1 else values, indent=1) + "\n")
         if arguments.picture:
             path = Path(arguments.picture)

@@ -1,7 +1,8 @@
 """Recipes: what a run is, as one short YAML, checked before anything is compiled.
 
 Values come from, in rising order of precedence: the defaults below, the recipe that this one
-`extends` (one level), the recipe itself, and `a.b.c=value` overrides.
+`extends` (which may extend another), the recipe itself, and `a.b.c=value` overrides, in which a stage
+is named by its number, from 1, or by its name: `stages.2.data.batch_size=8`.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, elsewhere:
 
     Args:
       source: a YAML file, or the name of one in recipes/.
-      overrides: "a.b.c=value" strings; the value is read as YAML.
+      overrides: "a.b.c=value" strings; the value is read as YAML. Stages and parts of a batch ramp are counted from 1,
+        "stages.2.until=5"; a stage's name will do too.
       elsewhere: it is for other machines: whether its data is on this one is no problem.
 
     Raises:

@@ -53,6 +53,11 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     return f"did you mean {matches[0]!r}?" if matches else None
 
 
+def stage_label(number: int | str, name: str | None) -> str:
+    """How errors name a stage: by its number as overrides and `--stage` have it, from 1, and its name."""
+    return f"stages.{number}" + (f" ({name})" if name else "")
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys; an empty mapping stays a value, lists are values."""
     flat: dict[str, Any] = {}
@@ -93,7 +98,7 @@ def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
         if isinstance(part, int):  # an item of a list, whose block is that of the list
             continue
         block = _block_type(_keys(block)[part].annotation)
-    prefix = "".join(f"{part}." for part in loc[:-1])
+    prefix = f"{_dotted(loc[:-1])}." if loc[:-1] else ""
     known = list(_keys(block))
     match = difflib.get_close_matches(str(loc[-1]), known, n=1)
     if match:
@@ -105,9 +110,22 @@ def _unknown_key(model: type[BaseModel], loc: tuple, value: Any) -> Problem:
         elsewhere = [key for key, name in last.items() if name in near]
         fix = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else "remove it"
     where = f"block {prefix[:-1]!r}" if prefix else "a recipe"
-    key = ".".join(map(str, loc))
     expected = f"a key of {where}: {', '.join(known)}"
-    return Problem(key, f"an unknown key (value {value!r})", expected, fix)
+    return Problem(_dotted(loc), f"an unknown key (value {value!r})", expected, fix)
+
+
+def _dotted(loc: tuple) -> str:
+    """pydantic's path as overrides have it: items of lists are counted from 1."""
+    return ".".join(str(part + 1 if isinstance(part, int) else part) for part in loc)
+
+
+def _with_stage_name(problem: Problem, loc: tuple, values: Mapping[str, Any]) -> Problem:
+    """The problem, where it is in one of the recipe's stages told as those of stages are."""
+    if loc[:1] != ("stages",) or len(loc) < 2 or not isinstance(loc[1], int):
+        return problem
+    stage = values["stages"][loc[1]]
+    label = stage_label(loc[1] + 1, stage.get("name") if isinstance(stage, Mapping) else None)
+    return problem._replace(key=f"{label}: {_dotted(loc[2:])}" if loc[2:] else label)
 
 
 def _choices(text: str) -> list[str]:
@@ -121,7 +139,7 @@ def schema_problems(
     problems = []
     for item in error.errors(include_url=False):
         loc, kind, value = item["loc"], item["type"], item["input"]
-        key = ".".join(map(str, loc)) or "recipe"
+        key = _dotted(loc) or "recipe"
         message = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         if kind == "extra_forbidden":
             problems.append(_unknown_key(model, loc, value))
@@ -138,6 +156,7 @@ def schema_problems(
             if message.startswith("a "):
                 fix = f"set {key} to {message.split(',')[0]}"
             problems.append(Problem(key, _as_read(value), message, _meant(key, kind, value) or fix))
+        problems[-1] = _with_stage_name(problems[-1], loc, values)
     return problems
 
 

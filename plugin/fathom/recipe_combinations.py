@@ -60,8 +60,10 @@ def _mesh_problems(have: Mapping[str, Any], num_devices: int | None) -> Iterator
             "mesh.topology",
             f"{slice_}, of {slice_.devices} devices",
             f"a slice of {needed} devices, the product of the mesh axes ({named})",
-            "change the axes or the slice so that they agree",
+            f"take such a slice, or {_axes_for(mesh.shape, slice_.devices, slice_.slices)}",
         )
+        if num_devices == slice_.devices:  # told
+            return
     if simulated is not None and simulated != needed:
         yield Problem(
             "mesh.simulated_devices",
@@ -70,12 +72,30 @@ def _mesh_problems(have: Mapping[str, Any], num_devices: int | None) -> Iterator
             f"set mesh.simulated_devices={needed}, or change the axes",
         )
     elif num_devices is not None and needed != num_devices:
+        fix = f"change the mesh axes: {_axes_for(mesh.shape, num_devices, 1)}"
+        if slice_ is not None and slice_.devices == needed:
+            launch = f"launch it on {slice_}, `fathom launch RECIPE --on jobset`, `xpk` or `tpu-vm`"
+            # What a slice is needed for has no place on a few devices, however they are cut.
+            fix = launch if num_devices * 4 < needed else f"{launch}, or {fix}"
         yield Problem(
             "mesh",
             f"{named}, which needs {needed} devices",
             f"axes whose product is {num_devices}, the number of devices",
-            f"change the mesh axes; for example mesh.fsdp={num_devices} and the others 1",
+            fix,
         )
+
+
+def _axes_for(shape: Mapping[str, int], devices: int, slices: int) -> str:
+    """Overrides that scale a mesh to other devices: experts, context and tensor as far as they divide, then fsdp."""
+    left, axes = devices, {}
+    for axis in ("tensor", "context", "expert"):
+        axes[axis] = math.gcd(left, shape[axis])
+        left //= axes[axis]
+    data = math.lcm(shape["data"], slices)  # so that nothing else crosses between slices
+    axes["data"] = next(size for size in (data, slices, math.gcd(left, data)) if left % size == 0)
+    axes["fsdp"] = left // axes["data"]
+    changes = [f"mesh.{axis}={axes[axis]}" for axis in shape if axes[axis] != shape[axis]]
+    return f"begin with {' '.join(changes)}"
 
 
 def _precision_problems(have: Mapping[str, Any]) -> Iterator[Problem]:

@@ -104,23 +104,23 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_with_base(path: Path) -> dict[str, Any]:
-    """The recipe's values over those of the recipe it extends; the file's name is its default."""
+    """The recipe's values over those of the one it extends, over those of that one's; the file's name is its default.
+
+    Raises:
+      RecipeError: for a file that is not there or cannot be read, and for recipes that extend each other in a circle.
+    """
     values = {"name": path.stem, **_read(path, "recipe")}
-    extends = values.pop("extends", None)
-    if extends is None:
-        return values
-    base_path = find_recipe(str(extends), path.parent, "extends")
-    base = _read(base_path, "extends")
-    if base.get("extends") is not None:
-        problem = Problem(
-            "extends",
-            f"{extends!r}, which itself extends {base['extends']!r}",
-            "a recipe that extends nothing: one level only",
-            f"extend {base['extends']!r} directly, or write the values out",
-        )
-        raise RecipeError([problem], str(path))
-    base.pop("extends", None)
-    return merged(base, values)
+    chain = [path]
+    while (extends := values.pop("extends", None)) is not None:
+        base = find_recipe(str(extends), chain[-1].parent, "extends")
+        told = " -> ".join(file.stem for file in (*chain, base))
+        if base.resolve() in [file.resolve() for file in chain]:
+            found, expected = f"a circle, {told}", "recipes of which the last extends nothing"
+            fix = f"take `extends` out of one of them, or write the values out in {path.name}"
+            raise RecipeError([Problem("extends", found, expected, fix)], str(path))
+        chain.append(base)
+        values = merged(_read(base, "extends"), values)
+    return values
 
 
 def _parse_value(text: str) -> Any:
@@ -134,6 +134,10 @@ def _parse_value(text: str) -> Any:
 def apply_overrides(
     values: dict[str, Any], overrides: Sequence[str], problems: list[Problem]
 ) -> dict[str, Any]:
+    """The values with `a.b.c=value` strings over them; what cannot be read is added to `problems`.
+
+    An item of a list of blocks (`LISTS`) is named by its number, counted from 1, or by its `name`.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
@@ -147,7 +151,64 @@ def apply_overrides(
             found = f"{text!r} ({' '.join(str(error).split())})"
             problems.append(Problem(key, found, "a YAML value", "quote it: key='\"text\"'"))
             continue
+        place = next((place for place in LISTS if len(parts) > len(place) and tuple(parts[: len(place)]) == place), ())
+        if place:
+            parts, value = list(place), _changed_items(values, place, parts, value, problems)
+            if value is None:
+                continue
         for part in reversed(parts):
             value = {part: value}
         values = merged(values, value)
     return values
+
+
+LISTS = (("stages",), ("train", "batch_ramp"))
+"""Where a recipe has lists of blocks."""
+
+
+def _changed_items(
+    values: Mapping[str, Any], place: tuple[str, ...], parts: Sequence[str], value: Any, problems: list[Problem]
+) -> list[Any] | None:
+    """A list of blocks with one key of one of them changed; None once `problems` tells why there is no such item."""
+    items: Any = values
+    for part in place:
+        items = items.get(part) if isinstance(items, Mapping) else None
+    items = list(items) if isinstance(items, list | tuple) else []
+    rest = ".".join(parts[len(place) :])
+    names = [str(item.get("name") or "") if isinstance(item, Mapping) else "" for item in items]
+    index, keys = _find_item(rest, names)
+    if index is None:
+        problems.append(_no_item(".".join(place), rest, names))
+        return None
+    for part in reversed(keys):
+        value = {part: value}
+    both = isinstance(items[index], Mapping) and isinstance(value, Mapping)
+    items[index] = merged(items[index], value) if both else value
+    return items
+
+
+def _find_item(rest: str, names: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Which item a key like "2.data.seed" or "long.data.seed" begins with, from 0, and what follows; None for none."""
+    number, _, keys = rest.partition(".")
+    if number.isdecimal():
+        return (int(number) - 1 if 1 <= int(number) <= len(names) else None), keys.split(".") if keys else []
+    # A name may have dots in it, or begin with another one.
+    name = max((name for name in names if name and f"{rest}.".startswith(f"{name}.")), key=len, default=None)
+    if name is None or names.count(name) > 1:
+        return None, []
+    keys = rest[len(name) + 1 :]
+    return names.index(name), keys.split(".") if keys else []
+
+
+def _no_item(name: str, rest: str, names: Sequence[str]) -> Problem:
+    """What is wrong with a key whose item is none of those there are, or more than one."""
+    key, asked = f"{name}.{rest}", rest.partition(".")[0]
+    if not names:
+        fix = f"write them in the recipe, or set {name}='[{{...}}]'"
+        return Problem(key, f"no {name}", f"a recipe that has {name}", fix)
+    known = [each for each in names if each]
+    expected = f"a number from 1 to {len(names)}" + (f", or a name: {', '.join(known)}" if known else "")
+    several = [each for each in known if known.count(each) > 1 and f"{rest}.".startswith(f"{each}.")]
+    if several:
+        return Problem(key, f"{several[0]!r}, a name that several have", expected, "give its number")
+    return Problem(key, f"{asked!r}", expected, nearest(asked, known) or "use one of these")

@@ -11,17 +11,20 @@ schedule. A recipe without stages may have a batch ramp, a short way to write
 some:
 
     train: {steps: 5000, batch_ramp: [{until: 100, batch_size: 32}, {until: 300, batch_size: 64}]}
+
+Overrides, errors and `--stage` count stages from 1, and take or tell their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from fathom.recipe_blocks import CHAT_DEFAULTS
-from fathom.recipe_checks import Problem, RecipeError, nearest, schema_problems
+from fathom.recipe_blocks import CHAT_DEFAULTS, MESH_AXES
+from fathom.recipe_checks import Problem, RecipeError, nearest, schema_problems, stage_label
 from fathom.recipe_combinations import cross_problems
 from fathom.recipe_files import merged
 
@@ -63,7 +66,7 @@ def stage_blocks(recipe: Recipe) -> tuple[StageBlock, ...]:
         found, expected = f"a ramp of {len(ramp)} beside {len(recipe.stages)} stages", "one of the two"
         fix = "leave the ramp out and set data.batch_size in the stages"
         problems.append(Problem("train.batch_ramp", found, expected, fix))
-    for number, part in enumerate(ramp):
+    for number, part in enumerate(ramp, 1):
         if not before < part.until < steps:
             expected = f"a step after {before} and before {steps}, train.steps"
             fix = "put the ramp in order; data.batch_size is that of the steps after it"
@@ -81,23 +84,24 @@ def stage_blocks(recipe: Recipe) -> tuple[StageBlock, ...]:
 
 def stage_problems(stages: tuple[StageBlock, ...], steps: int | None) -> list[Problem]:
     """What is wrong with the stages by themselves; `steps` is `train.steps`, None where it could not be read."""
-    problems, before = [], 0
-    for number, stage in enumerate(stages):
-        key = f"stages.{number}"
+    problems, before, label = [], 0, ""
+    for number, stage in enumerate(stages, 1):
+        label = stage_label(number, stage.name)
         if stage.until <= before:
             found, expected = f"{stage.until}", f"a step after {before}, where the stage before ends"
-            problems.append(Problem(f"{key}.until", found, expected, "put the stages in order, none of them empty"))
+            problems.append(Problem(f"{label}: until", found, expected, "put the stages in order, none of them empty"))
         before = stage.until
         for block, known in STAGE_KEYS.items():
             for name in getattr(stage, block):
                 if name not in known:
                     expected = f"a key that a stage may change: {', '.join(known)}"
                     fix = nearest(str(name), known) or f"set {block}.{name} for the whole run, outside of stages"
-                    problems.append(Problem(f"{key}.{block}.{name}", "a key that a stage may not have", expected, fix))
+                    found = "a key that a stage may not have"
+                    problems.append(Problem(f"{label}: {block}.{name}", found, expected, fix))
     if stages and steps is not None and before != steps:
         found, expected = f"{before}", f"{steps}, train.steps"
-        fix = f"set stages.{len(stages) - 1}.until={steps}, or train.steps={before}"
-        problems.append(Problem(f"stages.{len(stages) - 1}.until", found, expected, fix))
+        fix = f"set stages.{len(stages)}.until={steps}, or train.steps={before}"
+        problems.append(Problem(f"{label}: until", found, expected, fix))
     return problems
 
 
@@ -116,17 +120,17 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     problems = stage_problems(stages, recipe.train.steps)
     if problems:
         raise RecipeError(problems, recipe.name)
-    recipes, holds = [], _holding(recipe, stages)
-    for number, stage in enumerate(stages):
+    recipes, wrong, holds = [], [], _holding(recipe, stages)
+    for number, stage in enumerate(stages, 1):
         values = _values(recipe, stage)
-        if values["train"]["hold_moments"] is None and holds[number]:
+        if values["train"]["hold_moments"] is None and holds[number - 1]:
             values["train"]["hold_moments"] = True
         try:
             recipes.append(type(recipe).model_validate(values))
         except ValidationError as error:
-            problems += _within(number, schema_problems(error, type(recipe), values))
-    if problems:
-        raise RecipeError(problems, recipe.name)
+            wrong += [(number, problem) for problem in schema_problems(error, type(recipe), values)]
+    if wrong:
+        raise RecipeError(_folded(recipe, stages, wrong), recipe.name)
     return recipes
 
 
@@ -146,11 +150,12 @@ def check_stages(recipe: Recipe, num_devices: int | None) -> list[Problem]:
         recipes = stage_recipes(recipe)
     except RecipeError as error:
         return error.problems
-    problems = []
-    for number, stage in enumerate(recipes):
-        found = cross_problems(blocks_of(stage), num_devices)
-        problems += _within(number, found) if len(recipes) > 1 or recipe.stages else found
-    return problems
+    found = [
+        (number, problem)
+        for number, stage in enumerate(recipes, 1)
+        for problem in cross_problems(blocks_of(stage), num_devices)
+    ]
+    return _folded(recipe, stage_blocks(recipe), found)
 
 
 def check_elsewhere(recipe: Recipe, num_devices: int | None) -> list[Problem]:
@@ -180,11 +185,75 @@ def _values(recipe: Recipe, stage: StageBlock) -> dict[str, Any]:
     if (source == "chat") != (base["data"]["source"] == "chat"):
         for name in CHAT_DEFAULTS:
             base["data"].pop(name)  # they mean something else, or nothing, there
-    if over["mesh"]:  # its axes are all told anew: what is left of another mesh would not multiply to the devices
+    if any(axis in over["mesh"] for axis in MESH_AXES):
+        # All are told anew: what is left of another mesh would not multiply to the devices.
         base["mesh"] = {name: base["mesh"][name] for name in ("preset", "simulated_devices", "topology")}
     stop = min(stage.until, recipe.train.stop_at or stage.until)
     return merged(base, {**over, "train": {**over["train"], "stop_at": stop}})
 
 
-def _within(number: int, problems: list[Problem]) -> list[Problem]:
-    return [problem._replace(key=f"stages.{number}: {problem.key}") for problem in problems]
+# --- What is told of stages -----------------------------------------------------------------------
+
+
+def stage_number(stages: Sequence[StageBlock], asked: int | str) -> int | None:
+    """Which stage a number, from 1, or a name is, from 1; None for none of them and for a name that several have."""
+    if str(asked).isdecimal():
+        return int(asked) if 1 <= int(asked) <= max(len(stages), 1) else None
+    numbers = [number for number, stage in enumerate(stages, 1) if stage.name == asked]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _folded(recipe: Recipe, stages: Sequence[StageBlock], found: Sequence[tuple[int, Problem]]) -> list[Problem]:
+    """Problems of stages, each once with all the stages that have it; the whole recipe's as they are."""
+    numbers: dict[Problem, list[int]] = {}
+    for number, problem in found:
+        numbers.setdefault(problem, []).append(number)
+    problems = []
+    for problem, those in numbers.items():
+        whole = len(those) >= len(stages) and not any(_names(stage, problem.key) for stage in stages)
+        if not whole:
+            names = ", ".join(stages[number - 1].name or "without a name" for number in those)
+            named = any(stages[number - 1].name for number in those)
+            label = stage_label(_ranges(those), names if named else None)
+            problem = problem._replace(key=f"{label}: {problem.key}", fix=_fix(recipe, stages, those, problem.fix))
+        problems.append(problem)
+    return problems
+
+
+def _names(stage: StageBlock, key: str) -> bool:
+    """Whether a key's value is one of the stage's own."""
+    block, _, name = key.partition(".")
+    own = getattr(stage, block) if block in STAGE_KEYS else {}
+    if block == "mesh" and name in ("", "topology", *MESH_AXES):
+        return any(axis in own for axis in MESH_AXES)
+    return name in own
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as "1-4,6"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _fix(recipe: Recipe, stages: Sequence[StageBlock], numbers: Sequence[int], fix: str) -> str:
+    """The fix with its overrides as those of the stages, where they have a value of their own there."""
+
+    def in_stages(found: re.Match[str]) -> str:
+        key, value = found.groups()
+        own = [number for number in numbers if _names(stages[number - 1], key)]
+        paths = [] if len(own) == len(numbers) else [key]
+        for number in own:
+            if not recipe.train.batch_ramp:
+                paths.append(f"stages.{number}.{key}")
+            elif number < len(stages):  # a ramp's parts have nothing but this
+                paths.append(f"train.batch_ramp.{number}.batch_size")
+            else:
+                paths.append(key)
+        return " ".join(f"{path}={value}" for path in paths)
+
+    return re.sub(rf"\b((?:{'|'.join(STAGE_KEYS)})\.\w+)=([^\s,;]+)", in_stages, fix)

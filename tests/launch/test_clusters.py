@@ -411,7 +411,7 @@ def test_a_missing_tool_is_one_clear_error(recipe, capsys, nothing_starts, targe
         (["checkpoint.directory=gs://BUCKET/a"], "replace it in the recipe, or give checkpoint.directory=..."),
         (
             ["stages=[{until: 5}, {until: 10, data: {path: gs://b/t}}]"],
-            "stages.1: data.path: found 'gs://b/t', which is remote",
+            "stages.2: data.path: found 'gs://b/t', which is remote",
         ),
     ],
 )

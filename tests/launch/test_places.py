@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -142,17 +143,35 @@ def test_state_of_what_does_not_train(recipe, monkeypatch):
     total = frozen.num_params(loaded.model_spec().config).total
     generation = dataclasses.replace(topology.generation, hbm_bytes=total * 12 // 16 - 1)
     (problem,) = checks._state_problems(loaded, dataclasses.replace(topology, generation=generation))
-    assert problem.key == "stages.1: mesh.topology"  # stage 0 needs 4 bytes each
+    assert problem.key == "stages.2: mesh.topology"  # the first needs 4 bytes each
 
 
 def test_a_model_that_is_too_large_is_refused_at_once(capsys, nothing_starts):
     mesh = ["mesh.fsdp=16", "mesh.expert=16", "train.accumulation=88"]
     places = ["data.path=/mnt/text", "data.tokenizer=bytes", "checkpoint.directory=gs://b/c"]
+    places += ["train.compilation_cache=gs://b/d"]
     options = [*TARGETS["jobset"], "--topology", "v5e:16x16", "--dry-run"]
     assert launch("jobset", "v4-pro-4k-v5p", *options, *mesh, *places) == 2
     out, err = capsys.readouterr()
     assert "1 problem\n  mesh.topology: found v5e:16x16, 256 devices with 15.8 GiB each, 4.3 TB in all; " in err
     assert "at least 46.5 GiB each, 12.8 TB in all" in err and "`fathom plan`" in err and out == ""
+
+
+def test_the_readmes_launches_are_taken_as_they_are_written(capsys, tmp_path, monkeypatch, nothing_starts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "fathom_jax-0.1.0-py3-none-any.whl").touch()
+    text = (ROOT / "README.md").read_text().replace("\\\n", "")
+    commands = [shlex.split(line, comments=True)[1:] for line in text.splitlines() if line.startswith("fathom launch ")]
+    assert {words[words.index("--on") + 1] for words in commands} == {"local", "jobset", "xpk", "tpu-vm"}
+    for words in commands:
+        assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_placeholders_of_the_recipes_are_refused_in_every_key(capsys, nothing_starts):
+    assert launch("jobset", "v4-flash-4k-v5p", *TARGETS["jobset"], "data.path=/data", "--dry-run") == 2
+    told = re.findall(r"  ([\w.]+): found 'gs://BUCKET/[^']*', a placeholder", capsys.readouterr().err)
+    assert set(told) == {"data.tokenizer", "checkpoint.directory", "train.compilation_cache"}
 
 
 def test_recipes_have_grace_for_two_steps_and_a_save_and_save_within_two_hours():

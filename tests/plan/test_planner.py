@@ -216,6 +216,10 @@ def test_the_command_refuses_in_one_line(capsys, tmp_path):
     assert "2 dimensions" in capsys.readouterr().err
     assert main(["plan", str(path), "--stage", "3"]) == 2
     assert "--stage: found 3; expected 1 to 1" in capsys.readouterr().err
+    path = small_file(tmp_path, stages=[{"name": "short", "until": 2}, {"name": "long", "until": 10}])
+    assert main(["plan", str(path), "--stage", "lonk"]) == 2
+    said = "--stage: found lonk; expected 1 to 2, the recipe's stages, or short, long; fix: did you mean 'long'?"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -267,14 +271,47 @@ def test_stages_are_all_planned_and_told(capsys, tmp_path, monkeypatch, report, 
     told, names = capsys.readouterr().out, ["1 of 3, short", "2 of 3", "3 of 3, last"]
     for name, rows in zip(names, (16, 32, 16), strict=True):
         assert f"small, stage {name}: deepseek-v4-tiny, {rows} rows of 512 tokens" in told
-    end = told[told.index(f"stages: {sum(fit)} of 3 fit\n") :].splitlines()[1:]
+    *end, total = told[told.index(f"stages: {sum(fit)} of 3 fit\n") :].splitlines()[1:]
     assert [line.split(" GiB")[0].rpartition(" ")[0].strip() for line in end] == names
     assert ["does NOT fit" not in line for line in end] == list(fit)
-    assert [read["stage"] for read in json.loads((tmp_path / "plan.json").read_text())] == names
+    read = json.loads((tmp_path / "plan.json").read_text())
+    assert [stage["stage"] for stage in read] == names
+    # Days and chip-hours at the bound: of each stage's own steps, and of all.
+    assert [stage["steps"] for stage in read] == [2, 3, 5] and read[-1]["run_so_far"]["steps"] == 10
+    hours = 10 * report.bound.seconds / 3600
+    assert read[-1]["run_so_far"]["days"] == pytest.approx(hours / 24) == pytest.approx(5 * read[0]["days"])
+    assert read[-1]["run_so_far"]["chip_hours"] == pytest.approx(4 * hours) == pytest.approx(2 * read[2]["chip_hours"])
+    assert total == f"the run: 10 steps take at least {hours / 24:.3g} days, 0 chip-hours"
+    assert f"2 steps of at least {report.bound.seconds:.3g} s, " in end[0]
     assert {file.name for file in tmp_path.glob("*.PNG")} == {"memory.PNG", "memory-2.PNG", "memory-3.PNG"}
     assert main(["plan", str(path), "--no-advice", "--stage", "2"]) == (0 if fit[1] else 1)
     told = capsys.readouterr().out
     assert "stage 2 of 3:" in told and "stage 1" not in told and "stages:" not in told
+    assert main(["plan", str(path), "--no-advice", "--stage", "last"]) == 0
+    told = capsys.readouterr().out
+    assert "stage 3 of 3, last:" in told and "\n5 steps take at least" in told and "stage 2" not in told
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({}, []),
+        ({"spike": {"factor": 20}}, []),
+        ({"eval_every": 5}, ["evaluation, every 5 steps: forward passes, of as many rows at a time as a step's"]),
+        (
+            {"spike": {"factor": 20}, "anticipatory_routing": {"delay": 4, "after_spike": 500}},
+            ["train.anticipatory_routing, up to 500 steps after a spike: a forward pass more for each step, the step "
+             "with experts that are given, and 4 x 4 bytes for each token, learned router and expert that it chooses"],
+        ),
+        ({"anticipatory_routing": {"always": True}}, ["train.anticipatory_routing, in all steps: "]),
+    ],
+)  # fmt: skip
+def test_what_is_not_compiled_is_told(report, monkeypatch, train, said):
+    asked = recipe(train=train, data={"holdout": 0.1})
+    monkeypatch.setattr(planner, "compile_report", lambda *_: report)
+    told = next(planner.plan(asked, advise=False))
+    assert len(told.not_compiled) == len(said) == told.to_text().count("\nnot compiled: ")
+    assert all(text.startswith(start) for text, start in zip(told.not_compiled, said, strict=True))
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("tiny")])

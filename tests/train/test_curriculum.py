@@ -181,12 +181,12 @@ def test_what_muon_trains_in_turns(tmp_path):
 @pytest.mark.parametrize(
     ("change", "key", "fix"),
     [
-        ({"until": 3}, "stages.1.until", "in order"),
-        ({"data": {"sequence_lenght": 64}}, "stages.1.data.sequence_lenght", "sequence_length"),
-        ({"model": {"name": "deepseek-v3.2"}}, "stages.1.model.name", "whole run"),
-        ({"train": {"stage": "sprase"}}, "stages.1: train.stage", "sparse"),
-        ({"mesh": {"context": 3}}, "stages.1: mesh", "devices"),
-        ({"data": {"sequence_length": 63}, "mesh": {"context": 8}}, "stages.1: data.sequence_length", "64"),
+        ({"until": 3}, "stages.2: until", "in order"),
+        ({"data": {"sequence_lenght": 64}}, "stages.2: data.sequence_lenght", "sequence_length"),
+        ({"model": {"name": "deepseek-v3.2"}}, "stages.2: model.name", "whole run"),
+        ({"train": {"stage": "sprase"}}, "stages.2: train.stage", "sparse"),
+        ({"mesh": {"context": 3}}, "stages.2: mesh", "devices"),
+        ({"data": {"sequence_length": 63}, "mesh": {"context": 8}}, "stages.2: data.sequence_length", "64"),
     ],
 )
 def test_a_stage_that_cannot_be_is_refused(tmp_path, change, key, fix):
@@ -197,6 +197,11 @@ def test_a_stage_that_cannot_be_is_refused(tmp_path, change, key, fix):
     told = {problem.key: str(problem) for problem in error.value.problems}
     assert fix in told[key], told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_with_a_preset_alone_keeps_the_axes(tmp_path):
+    _, second = stage_recipes(in_stages(tmp_path, "run", ({"until": 2}, {"until": 4, "mesh": {"preset": "long"}})))
+    assert (second.mesh.preset, second.mesh.shape) == ("long", make_recipe(tmp_path, "run").mesh.shape)
 
 
 def test_the_last_stage_ends_with_the_run(tmp_path):

@@ -96,6 +96,12 @@ def test_evaluation_on_held_out_documents(tmp_path, toy):
     assert len(curve["eval/loss"]) == 2
     assert curve["eval/loss"] == curve["eval/loss/main"]
     assert 3 < curve["eval/loss"][1] < curve["eval/loss"][0] < 6
+    # With as many rows at a time as the step has: the same losses.
+    recipe = make_recipe(
+        tmp_path, "halves", train__steps=4, train__eval_every=2, data__holdout=0.4, train__accumulation=2
+    )
+    train(recipe)
+    assert history(recipe, "eval/loss")["eval/loss"] == pytest.approx(curve["eval/loss"], rel=1e-5)
 
 
 def test_a_non_finite_step_stops_the_run_and_saves_nothing(tmp_path, toy, monkeypatch):

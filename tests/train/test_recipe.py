@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import sysconfig
@@ -12,7 +13,7 @@ import jax
 import pytest
 import yaml
 
-from fathom import distributed, zoo
+from fathom import distributed, recipe_combinations, zoo
 from fathom.cli import main
 from fathom.mesh import AXES
 from fathom.recipe import (
@@ -90,13 +91,77 @@ def test_precedence_base_recipe_overrides(tmp_path):
     assert recipe.optimizer.learning_rate == 0.25 and recipe.checkpoint_dir == "/x/checkpoints"
 
 
-def test_extends_goes_one_level(tmp_path):
-    write_recipe(tmp_path, SMALL, "base")
-    write_recipe(tmp_path, {"extends": "base.yaml"}, "middle")
-    path = write_recipe(tmp_path, {"extends": "middle.yaml"}, "top")
-    assert "itself extends 'base.yaml'" in problems_of(load_recipe, path)["extends"].found
+def test_extends_goes_as_deep_as_wanted(tmp_path):
+    write_recipe(tmp_path, {**SMALL, "name": "lowest"}, "base")
+    (tmp_path / "folder").mkdir()
+    write_recipe(tmp_path / "folder", {"extends": "../base.yaml", "train": {"steps": 20, "seed": 3}}, "middle")
+    path = write_recipe(tmp_path, {"extends": "folder/middle.yaml", "train": {"steps": 30}}, "top")
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.data.batch_size) == ("top", 30, 3, 8)
+    own = load_recipe(write_recipe(tmp_path, {"extends": "v4-flash-64k-v5p", "model": {"init": "gs://b/c"}}, "own"))
+    assert (own.name, own.data.sequence_length, own.optimizer.name) == ("own", 65536, "muon")
+
+
+def test_extends_in_a_circle_and_to_nowhere(tmp_path):
+    write_recipe(tmp_path, {"extends": "second.yaml"}, "first")
+    path = write_recipe(tmp_path, {"extends": "./first.yaml"}, "second")
+    assert problems_of(load_recipe, path)["extends"].found == "a circle, second -> first -> second"
+    path = write_recipe(tmp_path, {"extends": "itself.yaml"}, "itself")
+    assert problems_of(load_recipe, path)["extends"].found == "a circle, itself -> itself"
     path = write_recipe(tmp_path, {"extends": "nowhere"}, "lost")
     assert "nowhere" in problems_of(load_recipe, path)["extends"].found
+
+
+IN_STAGES = {
+    **SMALL,
+    "stages": [{"name": "short", "until": 4}, {"until": 6}, {"name": "v1.5", "until": 10, "mesh": {"data": 8}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number", "block", "values"),
+    [
+        (["stages.1.data.batch_size=16"], 1, "data", {"batch_size": 16}),
+        (["stages.short.data.batch_size=16", "stages.1.data.seed=2"], 1, "data", {"batch_size": 16, "seed": 2}),
+        (["stages.2.train={stage: dense}"], 2, "train", {"stage": "dense"}),
+        (["stages.v1.5.mesh.data=4", "stages.3.mesh.fsdp=2"], 3, "mesh", {"data": 4, "fsdp": 2}),
+    ],
+)
+def test_overrides_of_a_stage_by_number_and_by_name(tmp_path, overrides, number, block, values):
+    path = write_recipe(tmp_path, IN_STAGES)
+    changed_, kept = load_recipe(path, overrides).stages, load_recipe(path).stages
+    assert getattr(changed_[number - 1], block) == values
+    assert [s for i, s in enumerate(changed_, 1) if i != number] == [s for i, s in enumerate(kept, 1) if i != number]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "said"),
+    [
+        ("stages.0.until=3", "stages.0.until", "found '0'; expected a number from 1 to 3, or a name: short, v1.5"),
+        ("stages.4.until=3", "stages.4.until", "found '4'; expected a number from 1 to 3"),
+        ("stages.shor.until=3", "stages.shor.until", "did you mean 'short'?"),
+        ("stages.1.untill=3", "stages.1 (short): untill", "did you mean stages.1.until?"),
+        ("stages.2.until=x", "stages.2: until", "fix: set stages.2.until to a valid integer"),
+        ("stages.1=5", "stages.1", "expected a mapping of keys to values"),
+        ("stages.1.data.batch_sise=8", "stages.1 (short): data.batch_sise", "did you mean 'batch_size'?"),
+        ("stages.1.name=v1.5", "stages.v1.5.until", "found 'v1.5', a name that several have"),
+        ("train.batch_ramp.1.until=3", "train.batch_ramp.1.until", "found no train.batch_ramp; expected a recipe that"),
+    ],
+)
+def test_overrides_of_stages_that_are_not_there(tmp_path, override, key, said):
+    overrides = [override, "stages.v1.5.until=10"] if override.endswith("name=v1.5") else [override]
+    (problem,) = problems_of(load_recipe, write_recipe(tmp_path, IN_STAGES), overrides).values()
+    assert problem.key == key and said in str(problem)
+
+
+def test_an_override_of_a_ramps_part(tmp_path):
+    ramp = [{"until": 2, "batch_size": 8}, {"until": 4, "batch_size": 16}]
+    path = write_recipe(tmp_path, changed(SMALL, {"train.batch_ramp": ramp, "data.batch_size": 32}))
+    assert [part.until for part in load_recipe(path, ["train.batch_ramp.2.until=5"]).train.batch_ramp] == [2, 5]
+    found = problems_of(load_recipe(path, ["train.batch_ramp.2.batch_size=12"]).check, 8)
+    (key,) = found
+    assert key == "stages.2 (batches of 12): data.batch_size"
+    assert found[key].fix.startswith("set train.batch_ramp.2.batch_size=16,")
 
 
 def test_a_name_finds_the_recipe_and_a_wrong_one_lists_them():
@@ -261,7 +326,7 @@ def test_a_sound_recipe_passes():
 @pytest.mark.parametrize(
     ("changes", "key", "expected", "fix"),
     [
-        ({"mesh__data": 3}, "mesh", "product is 8", "mesh.fsdp=8"),
+        ({"mesh__data": 3}, "mesh", "product is 8", "begin with mesh.data=1 mesh.fsdp=8"),
         ({"data__batch_size": 12}, "data.batch_size", "multiple of 8", "data.batch_size=16"),
         (
             {"data__batch_size": 8, "train__accumulation": 2},
@@ -374,6 +439,60 @@ def test_a_tokenizer_file_against_the_vocabulary(tmp_path):
     path.write_text("{}")
     found = problems_of(recipe_with(data__tokenizer=str(path)).check, 8)["data.tokenizer"]
     assert found.expected == "a readable tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("own", "devices", "slices", "expected"),
+    [
+        ({"fsdp": 64, "expert": 8}, 256, 1, "mesh.fsdp=32"),
+        ({"fsdp": 16, "expert": 8, "context": 4}, 256, 1, "mesh.fsdp=8"),
+        ({"data": 4, "fsdp": 8, "expert": 16}, 1024, 1, "mesh.fsdp=16"),
+        ({"data": 4, "fsdp": 8, "expert": 16}, 32, 1, "mesh.data=1 mesh.fsdp=2"),
+        ({"fsdp": 16, "expert": 16}, 512, 2, "mesh.data=2"),
+        ({"expert": 16}, 24, 1, "mesh.fsdp=3 mesh.expert=8"),
+    ],
+)
+def test_a_mesh_scaled_to_other_devices(own, devices, slices, expected):
+    shape = {axis: own.get(axis, 1) for axis in MESH_AXES}
+    text = recipe_combinations._axes_for(shape, devices, slices)
+    assert text == f"begin with {expected}"
+    scaled = shape | {k.removeprefix("mesh."): int(v) for k, v in (c.split("=") for c in expected.split())}
+    assert math.prod(scaled.values()) == devices
+
+
+def test_one_problem_for_stages_that_have_it_for_one_cause():
+    mesh, own = {"data": 2, "fsdp": 4, "topology": "v5p:2x2x2"}, {"mesh": {"data": 1, "fsdp": 2, "context": 4}}
+    stages = [{"name": "a", "until": 2}, {"until": 4, **own}, {"until": 6}, {"name": "d", "until": 10, **own}]
+    recipe = recipe_with(mesh=mesh, stages=stages)
+    recipe.check(8)
+    found = problems_of(recipe.check, 4)
+    assert list(found) == ["stages.1,3 (a, without a name): mesh", "stages.2,4 (without a name, d): mesh"]
+    launch = "launch it on v5p:2x2x2, `fathom launch RECIPE --on jobset`, `xpk` or `tpu-vm`"
+    assert [problem.fix for problem in found.values()] == [
+        f"{launch}, or change the mesh axes: begin with mesh.fsdp=2",
+        f"{launch}, or change the mesh axes: begin with stages.2.mesh.fsdp=1 stages.4.mesh.fsdp=1",
+    ]
+    assert {problem.fix for problem in problems_of(recipe.check, 1).values()} == {launch}
+    other = recipe_with(mesh=mesh | {"topology": "v5p:2x2x1"}, stages=stages)  # and no second problem of each mesh
+    found = problems_of(other.check, 4)
+    assert [key.rpartition(": ")[2] for key in found] == ["mesh.topology"] * 2
+    assert [problem.fix.partition(", or begin with ")[2] for problem in found.values()] == [
+        "mesh.fsdp=2",
+        "stages.2.mesh.fsdp=1 stages.4.mesh.fsdp=1",
+    ]
+
+
+def test_what_is_wrong_in_all_stages_is_the_recipes_problem():
+    stages = [{"name": "a", "until": 2}, {"name": "b", "until": 10, "data": {"batch_size": 16}}]
+    found = problems_of(recipe_with(data__path="/no", data__sequence_length=33, mesh__fsdp=1, mesh__context=2,
+                                    stages=stages).check, 8)  # fmt: skip
+    assert set(found) == {"data.path", "data.sequence_length"}
+    found = problems_of(recipe_with(train__accumulation=3, stages=stages).check, 8)
+    fixes = {key: problem.fix.partition(",")[0] for key, problem in found.items()}
+    assert fixes == {
+        "stages.1 (a): data.batch_size": "set data.batch_size=9",
+        "stages.2 (b): data.batch_size": "set stages.2.data.batch_size=18",
+    }
 
 
 def test_combinations_are_told_together():

@@ -111,17 +111,17 @@ def test_a_wrong_key_in_a_ramp_is_named(tmp_path):
     with pytest.raises(RecipeError) as error:
         load_recipe(write_recipe(tmp_path, values))
     told = {problem.key: problem.fix for problem in error.value.problems}
-    assert told["train.batch_ramp.0.batch_sise"] == "did you mean train.batch_ramp.0.batch_size?"
-    assert told["stages.0.untill"] == "did you mean stages.0.until?"
+    assert told["train.batch_ramp.1.batch_sise"] == "did you mean train.batch_ramp.1.batch_size?"
+    assert told["stages.1: untill"] == "did you mean stages.1.until?"
 
 
 @pytest.mark.parametrize(
     ("ramp", "stages", "said"),
     [
         (RAMP, STAGES, r"train.batch_ramp: found a ramp of 2 beside 3 stages; expected one of the two; fix: leave the"),
-        (RAMP[::-1], [], r"train.batch_ramp.1.until: found 4; expected a step after 8 and before 12"),
-        ([{"until": 12, "batch_size": 8}], [], r"train.batch_ramp.0.until: found 12; .* before 12, train.steps"),
-        ([{"until": 4, "batch_size": 6}], [], r"stages.0: data.batch_size: found 6; expected a multiple of 4"),
+        (RAMP[::-1], [], r"train.batch_ramp.2.until: found 4; expected a step after 8 and before 12"),
+        ([{"until": 12, "batch_size": 8}], [], r"train.batch_ramp.1.until: found 12; .* before 12, train.steps"),
+        ([{"until": 4, "batch_size": 6}], [], r"stages.1 \(batches of 6\): data.batch_size: found 6; expected a"),
     ],
 )
 def test_a_ramp_that_cannot_be_is_refused(tmp_path, ramp, stages, said):

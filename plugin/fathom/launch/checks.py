@@ -10,8 +10,8 @@ from typing import Any
 
 from fathom.launch.volumes import Volume, volume_of
 from fathom.recipe import Recipe
-from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_elsewhere, check_stages, stage_recipes
+from fathom.recipe_checks import Problem, RecipeError, stage_label
+from fathom.recipe_stages import check_elsewhere, check_stages, stage_blocks, stage_recipes
 from fathom.topology import Topology
 
 GIB = 2**30
@@ -101,11 +101,17 @@ def _lost(path: str, target: str, volumes: Sequence[Volume]) -> bool:
     return target == "jobset" or not path.startswith("/")
 
 
+def _stage_labels(recipe: Recipe) -> list[str]:
+    """How errors name the stages, of which a recipe without any has one."""
+    return [stage_label(number, stage.name) for number, stage in enumerate(stage_blocks(recipe), 1)] or [""]
+
+
 def _data_paths(recipe: Recipe) -> dict[str, str]:
     """Key -> where text lies, of the recipe and of stages with text of their own."""
     found: dict[str, str] = {}
     recipes = [("data.path", recipe)]
-    recipes += [(f"stages.{number}: data.path", stage) for number, stage in enumerate(stage_recipes(recipe))]
+    labels = _stage_labels(recipe)
+    recipes += [(f"{labels[number]}: data.path", stage) for number, stage in enumerate(stage_recipes(recipe))]
     for key, part in recipes:
         own = part.data.location == part.data.path  # else it stands for a folder that each host finds itself
         if own and part.data.location not in found.values():
@@ -122,7 +128,8 @@ def _input_paths(recipe: Recipe) -> dict[str, str]:
 def _placeholder_problems(recipe: Recipe, told: Sequence[str] = ()) -> Iterator[Problem]:
     """Buckets that nobody has; `told`: keys of which another problem tells."""
     values = recipe.to_dict()
-    parts = {"": values} | {f"stages.{number}: ": stage for number, stage in enumerate(values.pop("stages"))}
+    labels = _stage_labels(recipe)
+    parts = {"": values} | {f"{labels[number]}: ": stage for number, stage in enumerate(values.pop("stages"))}
     for prefix, part in parts.items():
         for key, value in _texts(part):
             if re.fullmatch(PLACEHOLDER, value) and key not in told:
@@ -238,7 +245,7 @@ def _states_above(recipe: Recipe, room: int) -> Iterator[tuple[str, int, str]]:
                 f"{total / 1e9:.1f} billion parameters of {each} bytes, and {moments} bytes of moments for each of the "
                 f"{trained / 1e9:.1f} billion that train"
             )
-            yield f"stages.{number}: " if recipe.stages else "", needed, what
+            yield f"{_stage_labels(recipe)[number]}: " if recipe.stages else "", needed, what
 
 
 def _trained(recipe: Recipe) -> int:

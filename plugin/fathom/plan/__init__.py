@@ -27,7 +27,7 @@ class _PlanPackage(types.ModuleType):
         count = len(stage_recipes(recipe))
         if count > 1 and options.get("stage") is None:
             raise ValueError(
-                f"recipe {recipe.name} has {count} stages; say which with stage=1 to {count}, or call "
+                f"recipe {recipe.name} has {count} stages; say which with stage=1 to {count} or its name, or call "
                 "fathom.plan.planner.plan for all of them"
             )
         return next(plan(recipe, topology, **options))

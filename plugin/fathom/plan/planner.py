@@ -14,8 +14,8 @@ from fathom.plan.compiler import Compiled, PlanError, compile_step
 from fathom.plan.report import GIB, PlanReport, memory_parts
 from fathom.plan.roofline import step_bound
 from fathom.recipe import Recipe
-from fathom.recipe_checks import Problem, RecipeError
-from fathom.recipe_stages import check_elsewhere, stage_blocks, stage_recipes
+from fathom.recipe_checks import Problem, RecipeError, nearest
+from fathom.recipe_stages import check_elsewhere, stage_blocks, stage_number, stage_recipes
 from fathom.topology import parse_topology
 
 FITS = ("batch", "sequence")
@@ -30,12 +30,12 @@ def plan(
     fit: str | None = None,
     codegen: bool = False,
     advise: bool = True,
-    stage: int | None = None,
+    stage: int | str | None = None,
     progress: Progress = lambda text: None,
 ) -> Iterator[PlanReport]:
     """Compiles the train step of each stage of a recipe for a slice that need not be there.
 
-    What anticipatory routing adds (`train.anticipatory_routing`) is not compiled.
+    What runs beside the step, evaluation and what anticipatory routing adds, is not compiled; the report says so.
 
     Args:
       topology: "v5p:8x8x8", "2*v6e:16x16", or "cpu" for this machine; the recipe's `mesh.topology` unless given, and
@@ -43,7 +43,7 @@ def plan(
       fit: "batch" or "sequence": look for the most rows, or the longest sequence, that fit, by bisection.
       codegen: have machine code written too, minutes more.
       advise: where it does not fit, compile with changes that save memory until one does.
-      stage: plan this one alone, counted from 1.
+      stage: plan this one alone, by its number, counted from 1, or its name.
       progress: told what is going on, a line at a time.
 
     Yields:
@@ -56,25 +56,51 @@ def plan(
     """
     where = topology or recipe.mesh.topology or "cpu"
     recipe = changed_recipe(recipe, {"mesh": {"topology": None if where == "cpu" else str(parse_topology(where))}})
-    blocks, stages = stage_blocks(recipe), stage_recipes(recipe)
-    _check(recipe, where, fit, stage, len(stages))
+    chosen = _check(recipe, where, fit, stage)
+    blocks, stages, done = stage_blocks(recipe), stage_recipes(recipe), 0
     for number, part in enumerate(stages, 1):
-        if stage in (None, number):
+        steps = (blocks[number - 1].until if blocks else recipe.train.steps) - done
+        done += steps
+        if chosen in (None, number):
             named = [f"{number} of {len(stages)}", blocks[number - 1].name] if blocks else []
-            yield _plan_stage(part, ", ".join(filter(None, named)), where, fit, codegen, advise, progress)
+            report = _plan_stage(part, ", ".join(filter(None, named)), where, fit, codegen, advise, progress)
+            yield dataclasses.replace(report, steps=steps, not_compiled=not_compiled(part))
 
 
-def _check(recipe: Recipe, topology: str, fit: str | None, stage: int | None, count: int) -> None:
-    """RecipeError listing what is wrong before anything is compiled."""
+def not_compiled(recipe: Recipe) -> tuple[str, ...]:
+    """What a stage's run has that a plan does not look at, a sentence each."""
+    train, told = recipe.train, []
+    block = train.anticipatory_routing
+    if block.always or block.after_spike:
+        when = "in all steps" if block.always else f"up to {block.after_spike} steps after a spike"
+        told.append(
+            f"train.anticipatory_routing, {when}: a forward pass more for each step, the step with experts that are "
+            f"given, and {block.delay} x 4 bytes for each token, learned router and expert that it chooses"
+        )
+    if train.eval_every:
+        told.append(f"evaluation, every {train.eval_every} steps: forward passes, of as many rows at a time as a step's")
+    return tuple(told)
+
+
+def _check(recipe: Recipe, topology: str, fit: str | None, stage: int | str | None) -> int | None:
+    """The number of the stage asked for; RecipeError listing what is wrong before anything is compiled."""
     problems = check_elsewhere(recipe, None if topology == "cpu" else parse_topology(topology).devices)
     if fit not in (None, *FITS):
         problems.append(Problem("--fit", repr(fit), f"one of {FITS}", "correct it"))
     if fit and topology == "cpu":
         problems.append(Problem("--fit", repr(fit), "a slice with a limit to fit", "add --topology"))
-    if stage is not None and not 1 <= stage <= count:
-        problems.append(Problem("--stage", f"{stage}", f"1 to {count}, the recipe's stages", "correct it"))
+    chosen = None
+    if stage is not None and not problems:
+        blocks = stage_blocks(recipe)
+        chosen = stage_number(blocks, stage)
+        if chosen is None:
+            names = [block.name for block in blocks if block.name]
+            named = f", or {', '.join(names)}" if names else ""
+            expected = f"1 to {max(len(blocks), 1)}, the recipe's stages{named}"
+            problems.append(Problem("--stage", f"{stage}", expected, nearest(str(stage), names) or "correct it"))
     if problems:
         raise RecipeError(problems, recipe.name)
+    return chosen
 
 
 def _plan_stage(recipe, name, where, fit, codegen, advise, progress) -> PlanReport:

@@ -13,6 +13,7 @@ from fathom.plan.collectives import Traffic
 from fathom.plan.roofline import Bound
 
 GIB = 2**30
+DAY = 86400
 
 PARTS = {
     "weights": "weights",
@@ -43,6 +44,7 @@ class PlanReport:
       traffic: collectives of one device. bound: None for a CPU. rows_of_parameters: see `fathom.plan.parameters`.
       seconds: to trace and compile. codegen: whether machine code was written too.
       advice: changes that were tried because it does not fit, with what they come to. largest_fit: of `--fit`.
+      steps: of the stage, or of the run without stages. not_compiled: what else runs in it, a sentence each.
     """
 
     recipe: str
@@ -73,10 +75,22 @@ class PlanReport:
     codegen: bool
     advice: tuple[str, ...] = ()
     largest_fit: dict[str, Any] | None = None
+    steps: int = 0
+    not_compiled: tuple[str, ...] = ()
+
+    @property
+    def days(self) -> float | None:
+        """Of all steps, if each takes no longer than the bound; None without one."""
+        return None if self.bound is None else self.steps * self.bound.seconds / DAY
+
+    @property
+    def chip_hours(self) -> float | None:
+        """The same in hours of all chips together."""
+        return None if self.days is None else 24 * self.days * self.chips
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "days": self.days, "chip_hours": self.chip_hours}
 
     def write_json(self, path: str | Path) -> None:
         """Writes `to_dict`."""
@@ -152,7 +166,9 @@ class PlanReport:
                 + ("" if b.mfu is None else f",\n  and MFU is at most {b.mfu:.1%}")
                 + ". A bound from peak rates, not a prediction.",
             ]
-        return lines
+            if self.steps:
+                lines.append(f"{self.steps:,} steps take at least {duration(self.days, self.chip_hours)}")
+        return [*lines, *(f"not compiled: {text}" for text in self.not_compiled)]
 
     def _traffic_lines(self) -> list[str]:
         lines = ["sent by one device in a step", f"  {'collective':20} {'along':32} {'runs':>8} {'GiB':>10}"]
@@ -187,15 +203,34 @@ class PlanReport:
 
 
 def stages_text(reports: Sequence[PlanReport]) -> str:
-    """One line for each stage of a recipe, as the end of its plan."""
+    """One line for each stage of a recipe, and the sum of their steps, as the end of its plan."""
     width = max(len(report.stage) for report in reports)
+    steps_width = max(len(f"{report.steps:,}") for report in reports)
     lines = [f"stages: {sum(report.fits for report in reports)} of {len(reports)} fit"]
     for report in reports:
         limit = "" if report.limit is None else f" of {report.limit / GIB:.2f}"
         verdict = "fits" if report.fits else "does NOT fit"
-        bound = "" if report.bound is None else f", a step takes at least {report.bound.seconds:.3g} s"
+        bound = ""
+        if report.bound is not None:
+            bound = f", {report.steps:{steps_width},} steps of at least {report.bound.seconds:.3g} s, "
+            bound += duration(report.days, report.chip_hours)
         lines.append(f"  {report.stage:{width}} {report.total / GIB:8.2f} GiB{limit}: {verdict}{bound}")
+    total = run_total(reports)
+    if total["days"] is not None:
+        lines.append(f"the run: {total['steps']:,} steps take at least {duration(total['days'], total['chip_hours'])}")
     return "\n".join(lines)
+
+
+def run_total(reports: Sequence[PlanReport]) -> dict[str, Any]:
+    """Steps, days and chip-hours of stages together, the latter None without bounds."""
+    steps, known = sum(report.steps for report in reports), all(report.bound is not None for report in reports)
+    days, chip_hours = (sum(getattr(r, name) for r in reports) if known else None for name in ("days", "chip_hours"))
+    return {"steps": steps, "days": days, "chip_hours": chip_hours}
+
+
+def duration(days: float, chip_hours: float) -> str:
+    """For a table: "5.96 days, 73,200 chip-hours"."""
+    return f"{days:.3g} days, {float(f'{chip_hours:.3g}'):,.0f} chip-hours"
 
 
 def parameter_lines(rows: Any) -> list[str]:

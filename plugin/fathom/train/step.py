@@ -136,7 +136,7 @@ def make_program(recipe: Recipe, mesh: Mesh | AbstractMesh) -> Program:
         init=jax.jit(init, out_shardings=shardings, compiler_options=_once_options(mesh, state)),
         start=jax.jit(start, out_shardings=shardings, donate_argnums=(0, 1)),
         step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        evaluate=jax.jit(_make_evaluate(spec, model, weights_of)),
+        evaluate=jax.jit(_make_evaluate(spec, model, weights_of, train.accumulation)),
         route=None if spec.route is None else jax.jit(_make_route(spec, model, train.accumulation)),
     )
 
@@ -299,14 +299,20 @@ def _expert_balance(expert_load: Mapping[str, jax.Array]) -> Metrics:
     return ratios
 
 
-def _make_evaluate(spec: ModelSpec, model: SplitModel, weights_of: WeightsOf):
+def _make_evaluate(spec: ModelSpec, model: SplitModel, weights_of: WeightsOf, microbatches: int):
     def evaluate(state: TrainState, batch: Batch) -> Metrics:
-        key = jax.random.wrap_key_data(state.rng)
-        module = model.merge((state.params,), state.model_state, key)
+        module = model.merge((state.params,), state.model_state, jax.random.wrap_key_data(state.rng))
         module.eval()
-        loss, aux = spec.loss(module, batch, weights_of(state.opt_state), count_targets(batch))
-        parts = {name: value for name, value in aux.items() if name.startswith("loss/")}
-        return {"loss": loss, **parts}
+        weights, counts = weights_of(state.opt_state), count_targets(batch)
+
+        def one(part: Batch) -> Metrics:
+            loss, aux = spec.loss(module, part, weights, counts)
+            return {"loss": loss, **{name: value for name, value in aux.items() if name.startswith("loss/")}}
+
+        if microbatches == 1:
+            return one(batch)
+        # No more tokens at a time than the step itself takes.
+        return jax.tree.map(lambda x: x.sum(axis=0), jax.lax.map(one, _microbatches(dict(batch), microbatches)))
 
     return evaluate
 
