@@ -78,7 +78,8 @@ def not_compiled(recipe: Recipe) -> tuple[str, ...]:
             f"given, and {block.delay} x 4 bytes for each token, learned router and expert that it chooses"
         )
     if train.eval_every:
-        told.append(f"evaluation, every {train.eval_every} steps: forward passes, of as many rows at a time as a step's")
+        every = f"every {train.eval_every} steps"
+        told.append(f"evaluation, {every}: forward passes, of as many rows at a time as a step's")
     return tuple(told)
 
 
