@@ -107,6 +107,10 @@ class DataBlock(Block):
     pieces of one long document do not fill whole batches. At the end of a stage what is left of them is not trained on,
     unless the next one's rows are the same.
 
+    Of the source "array_record" nothing is done or kept for each document: held out is an even grid of each file's
+    records, and the files' indices alone are read at the start (`fathom.train.array_records`). An index in memory takes
+    8 bytes for each group of records: write very many documents with a `group_size` above 1.
+
     The source "chat" is JSON lines whose `field` ("messages" unless given) is a conversation, encoded as the models'
     releases do; only the assistant's answers are trained. `thinking_mode` is for it alone (`fathom.train.chat`):
     "chat" leaves reasoning out, "thinking" expects it with every last answer, "mixed" takes it where there is some.

@@ -64,7 +64,8 @@ def test_every_format_gives_the_same_documents(tmp_path, format):
     write(tmp_path / "data", format)
     documents = open_format(tmp_path / "data", format)
     assert read_all(documents) == TEXTS
-    assert len(set(documents.keys.tolist())) == len(TEXTS) and documents.keys.dtype == np.uint64
+    if not format.startswith("array"):
+        assert len(set(documents.keys.tolist())) == len(TEXTS) and documents.keys.dtype == np.uint64
     size = sum(len(text.encode()) for text in TEXTS)
     assert documents.num_bytes == (None if format.startswith("array") else size)
     names = [documents.name(i) for i in range(len(TEXTS))]

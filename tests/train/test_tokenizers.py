@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,17 @@ def test_a_file_round_trips(tmp_path):
     assert tokenizer.encode(TEXT.encode()).tolist() == ids.tolist()
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == TEXT
     assert len(tokenizer.encode("the loss")) < 8, "merges are not used"
+
+
+def test_threads_encode_as_the_library_does(tmp_path):
+    """Each text by itself, whatever is encoded beside it; the library starts no threads of its own."""
+    bpe = train_bpe(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    texts = ["", " ", TEXT, *("the model learns " * i + TEXT[i % 20 :] for i in range(60))]
+    with ThreadPoolExecutor(4) as pool:
+        found = [ids.tolist() for ids in pool.map(tokenizer.encode, texts)]
+    assert found == [bpe.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def test_a_document_cannot_end_itself(tmp_path):

@@ -117,7 +117,7 @@ class Loader:
         self,
         block: DataSettings,
         documents: Documents,
-        indices: np.ndarray,
+        indices: Sequence[int],
         tokenizer: Tokenizer,
         vocab_size: int,
         shard_index: int,
@@ -367,13 +367,10 @@ def _check_ids(tokens: np.ndarray, vocab_size: int, step: int) -> None:
         )
 
 
-def _select(documents: Documents, block: DataSettings, split: str, shard_count: int) -> np.ndarray:
-    """Indices of the documents of a split: the held-out ones are those with the smallest keys.
-
-    So a document stays on its side when others are added, and copies of it are on the same side.
-    """
-    held_out = documents.keys < np.uint64(int(block.holdout * 2**64))
-    counts = {"train": int((~held_out).sum()), "holdout": int(held_out.sum())}
+def _select(documents: Documents, block: DataSettings, split: str, shard_count: int) -> Sequence[int]:
+    """Indices of the documents of a split."""
+    splits = documents.split(block.holdout)._asdict()
+    counts = {name: len(indices) for name, indices in splits.items()}
     needed = SPLITS if block.holdout else ("train",)  # a run that will evaluate must not find out late
     for name in needed:
         if counts[name] < shard_count:
@@ -382,7 +379,7 @@ def _select(documents: Documents, block: DataSettings, split: str, shard_count: 
                 f"{name} split at data.holdout={block.holdout}, expected at least one for each of "
                 f"{shard_count} shards; add documents, or change data.holdout or data.shards"
             )
-    return np.flatnonzero(held_out if split == "holdout" else ~held_out)
+    return splits[split]
 
 
 # --- Identity -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Sources of documents: text files, JSON lines, Parquet, ArrayRecord. Random access, told apart by content.
+"""Sources of documents: text files, JSON lines, Parquet; ArrayRecord is in `fathom.train.array_records`. Random access.
 
 A source is opened once, in a fixed order (files by their path inside the folder, then lines, rows or
-records), and everything that can be wrong with it is looked for then.
+records), and everything that can be wrong with it is looked for then, but in records: these may be too many.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import abc
 import bisect
 import codecs
 import hashlib
-import json
 import os
 import re
 from array import array
@@ -21,12 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fathom.train.json_records import DataError, RecordReader, json_text
+from fathom.train.selection import Split, split_by_keys
 
 SOURCES = ("text", "jsonl", "chat", "parquet", "array_record")
 
 MIB = 1 << 20
 WHOLE_HASH_LIMIT = 64 * MIB
 """Files up to this size are hashed whole, larger ones by their size and their first and last MiB."""
+
+ENDS = 64 << 10
+"""ArrayRecord files are hashed by their size and this much at each end: they may be very many."""
 
 
 class FileEntry(NamedTuple):
@@ -44,17 +47,18 @@ class Documents(abc.ABC):
 
     Attributes:
       files: the files read, in order.
-      keys: [num_documents] uint64, evenly spread and equal for equal documents; the holdout is chosen by
-        them. ArrayRecord's come from file name and index instead: it is not read before it is needed.
       num_bytes: bytes of text, or None when only reading everything would tell.
     """
 
     files: list[FileEntry]
-    keys: np.ndarray
     num_bytes: int | None
 
-    def __len__(self) -> int:
-        return len(self.keys)
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def split(self, share: float) -> Split:
+        """The documents to train on and those held out, a `share` of them; each stays when others are added."""
 
     @abc.abstractmethod
     def read(self, index: int) -> bytes:
@@ -67,6 +71,22 @@ class Documents(abc.ABC):
     @abc.abstractmethod
     def name(self, index: int) -> str:
         """Where a document is, for error messages."""
+
+
+class KeyedDocuments(Documents):
+    """Documents that are read in full when they are opened.
+
+    Attributes:
+      keys: [num_documents] uint64, evenly spread and equal for equal documents; the holdout is chosen by them.
+    """
+
+    keys: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def split(self, share: float) -> Split:
+        return split_by_keys(self.keys, share)
 
 
 def open_documents(
@@ -93,6 +113,9 @@ def open_documents(
     Raises:
       DataError: path missing, nothing matches, a file unreadable, broken or without the field, no text.
     """
+    # Imported here: it is made of what is in this file.
+    from fathom.train.array_records import ArrayRecords
+
     readers = {
         "text": lambda files, budget: TextFiles(files, budget, needs_text),
         "jsonl": lambda files, budget: JsonLines(files, budget, field, json_text),
@@ -221,6 +244,25 @@ def describe_file(path: Path, name: str, *, utf8: bool = False) -> FileEntry:
     return FileEntry(path, name, size, digest.hexdigest(), "whole file")
 
 
+def describe_ends(path: Path, name: str) -> FileEntry:
+    """Size of a file, and a hash of that and its first and last ENDS bytes, in two reads.
+
+    Raises:
+      DataError: when it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(b"%d," % size + file.read(ENDS))
+            if size > ENDS:
+                file.seek(max(size - ENDS, ENDS))
+                digest.update(file.read(ENDS))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return FileEntry(path, name, size, digest.hexdigest(), f"size, first and last {ENDS >> 10} KiB")
+
+
 def _check_utf8(decoder: codecs.IncrementalDecoder, block: bytes, done: int, path: Path) -> None:
     held = len(decoder.getstate()[0])  # the start of a character, from the block before
     try:
@@ -246,14 +288,15 @@ def _same_size(path: Path, size: int, expected: int) -> None:
         raise DataError(f"{path} had {expected} bytes when it was opened, now {size}; data must not change")
 
 
-def _key(text: bytes) -> int:
+def key_of(text: bytes) -> int:
+    """64 bits, evenly spread and equal for equal texts."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 # --- Sources --------------------------------------------------------------------------------------
 
 
-class TextFiles(Documents):
+class TextFiles(KeyedDocuments):
     """Each file is a document; empty files are none."""
 
     def __init__(self, files: Sequence[tuple[Path, str]], budget: Budget, needs_text: bool):
@@ -283,7 +326,7 @@ class TextFiles(Documents):
         return str(self._entries[index].path)
 
 
-class JsonLines(Documents):
+class JsonLines(KeyedDocuments):
     """Each line is a JSON object with a document, as `read_record` reads it, under `field`.
 
     Blank lines and empty documents are none. All lines are parsed once, when the source is opened; afterwards only
@@ -315,7 +358,7 @@ class JsonLines(Documents):
                 columns = (self._file, self._line, self._offset, self._length, self._granted)
                 for column, value in zip(columns, row, strict=True):
                     column.append(value)
-                keys.append(_key(text))
+                keys.append(key_of(text))
         self.keys = np.array(keys, np.uint64)
         self.num_bytes = budget.spent
 
@@ -347,7 +390,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise _unreadable(path, error) from None
 
 
-class ParquetColumn(Documents):
+class ParquetColumn(KeyedDocuments):
     """Each row's value in the column `field`; empty texts are none. The column is held in memory."""
 
     def __init__(self, files: Sequence[tuple[Path, str]], budget: Budget, field: str):
@@ -367,7 +410,7 @@ class ParquetColumn(Documents):
                     if text.is_valid and len(text.as_buffer()):
                         data = text.as_buffer().to_pybytes()
                         kept.append(i)
-                        keys.append(_key(data))
+                        keys.append(key_of(data))
                         self._last = budget.take(len(data))
                     elif not text.is_valid:
                         raise DataError(f"{path}: row {first_row + i} of column {field!r} is null; drop it")
@@ -421,79 +464,3 @@ def _column(path: Path, field: str) -> Iterator[tuple[int, Any]]:
                     row += len(chunk)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from None
-
-
-class ArrayRecords(Documents):
-    """Each record is a document: UTF-8 text, or, when the first one is a JSON object, JSON with `field`.
-
-    Records are read when they are needed, so that the size of the data does not matter; only the first
-    one is read now (with `max_bytes`, as many as that takes).
-    """
-
-    def __init__(self, files: Sequence[tuple[Path, str]], budget: Budget, field: str):
-        self._field, self.files, self._readers, self._starts = field, [], [], [0]
-        self._json, self._last = False, None
-        keys = []
-        for path, name in files:
-            if budget.exhausted:
-                break
-            self.files.append(describe_file(path, name))
-            reader = _open_array_record(path)
-            self._readers.append(reader)
-            self._starts.append(self._starts[-1] + len(reader))
-            if len(keys) == 0 and len(reader):
-                self._json = self._looks_like_json(self._record(0))
-                self._text(0)
-            count = self._within(budget, len(keys)) if budget.limit is not None else len(reader)
-            keys.extend(_key(f"{name}\0{i}".encode()) for i in range(count))
-        self.keys = np.array(keys, np.uint64)
-        self.num_bytes = None if budget.limit is None else budget.spent
-
-    def _within(self, budget: Budget, first: int) -> int:
-        """How many records of the newest file the budget pays for."""
-        for index in range(first, self._starts[-1]):
-            self._last = budget.take(len(self._text(index)))
-            if budget.exhausted:
-                return index - first + 1
-        return self._starts[-1] - first
-
-    @staticmethod
-    def _looks_like_json(record: bytes) -> bool:
-        try:
-            return isinstance(json.loads(record.decode("utf-8")), dict)
-        except (ValueError, RecursionError):
-            return False
-
-    def _record(self, index: int) -> bytes:
-        file = bisect.bisect_right(self._starts, index) - 1
-        try:
-            return self._readers[file][index - self._starts[file]]
-        except Exception as error:  # the reader raises RuntimeError and ValueError from C++
-            raise DataError(f"{self.name(index)} cannot be read: {str(error) or 'damaged'}") from None
-
-    def _text(self, index: int) -> bytes:
-        record = self._record(index)
-        if self._json:
-            return json_text(record, self._field, self.name(index))
-        try:
-            record.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(self.name(index), error) from None
-        return record
-
-    def read(self, index: int) -> bytes:
-        text = self._text(index)
-        return clip(text, self._last) if self._last is not None and index == len(self) - 1 else text
-
-    def name(self, index: int) -> str:
-        file = bisect.bisect_right(self._starts, index) - 1
-        return f"{self.files[file].path}: record {index - self._starts[file]}"
-
-
-def _open_array_record(path: Path) -> Any:
-    import grain
-
-    try:
-        return grain.sources.ArrayRecordDataSource([str(path)])
-    except Exception as error:  # the reader raises RuntimeError and ValueError from C++
-        raise DataError(f"{path} is not a readable ArrayRecord file: {str(error) or 'cut off'}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +84,9 @@ class FileTokenizer:
     control token, and the file's own truncation and padding are switched off. Added tokens that the file does not call
     special (DeepSeek's `<think>` and `<｜User｜>`) are found in documents all the same, unless `literal` is set.
 
+    Several threads may encode at once, each on a core of its own. The library's own threads are therefore switched
+    off, in the whole process, unless TOKENIZERS_PARALLELISM is set: they would compete, and forking warns of them.
+
     Args:
       name: a path. literal: encode all added tokens but those of spaces as their characters.
 
@@ -93,6 +97,7 @@ class FileTokenizer:
     needs_text = True
 
     def __init__(self, name: str, literal: bool = False):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # Imported here: runs on bytes do without it.
         import tokenizers
 
@@ -122,7 +127,9 @@ class FileTokenizer:
     def encode(self, document: bytes | str) -> np.ndarray:
         """Ids [n] int32, no special token among them."""
         text = document if isinstance(document, str) else document.decode("utf-8")
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        # A batch of one: the library gives the interpreter's lock away for batches only. "fast" leaves out offsets.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
 
     def decode(self, ids: Any) -> str:
         """Text of ids, special tokens left out."""
