@@ -441,6 +441,7 @@ def test_settings_are_checked_together(folder):
     block = DataBlock.model_construct(
         source="text", path=str(folder), pattern="**/*.txt", exclude=(), field="text", tokenizer="bytes",
         sequence_length=1, batch_size=3, packing="tight", shuffle=True, seed=-1, holdout=1.0, max_bytes=0,
+        shuffle_rows=4**9 + 1,
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:
         make_loader(block, vocab_size=VOCAB, shard_index=2, shard_count=2, split="test")
@@ -451,6 +452,7 @@ def test_settings_are_checked_together(folder):
         "data.seed is -1",
         "data.holdout is 1.0, expected at least 0 and below 1",
         "data.max_bytes is 0",
+        "data.shuffle_rows is 262145, expected one more or fewer",
         "shard_index is 2, expected below 2",
         "split is 'test', expected one of train, holdout",
     ):

@@ -19,7 +19,15 @@ import numpy as np
 from fathom.train import row_pipeline
 from fathom.train.chat import CHAT, ENCODING, THINKING_MODES, ChatTokenizer, loss_mask, record_reader
 from fathom.train.json_records import DataError
-from fathom.train.row_pipeline import ChatSource, Counted, TokenSource, document_dataset, row_dataset, with_tuples
+from fathom.train.row_pipeline import (
+    ChatSource,
+    Counted,
+    TokenSource,
+    document_dataset,
+    row_dataset,
+    shuffles_wrongly,
+    with_tuples,
+)
 from fathom.train.sources import SOURCES, Documents, FileEntry, open_documents
 from fathom.train.tokenizers import BYTES, Tokenizer, load_tokenizer
 
@@ -337,6 +345,12 @@ def _check_settings(block: DataSettings, shard_index: int, shard_count: int, spl
         ("data.seed", block.seed, block.seed >= 0, "0 or more"),
         ("data.holdout", block.holdout, 0 <= block.holdout < 1, "at least 0 and below 1"),
         ("data.max_bytes", block.max_bytes, block.max_bytes is None or block.max_bytes >= 1, "1 or more"),
+        (
+            "data.shuffle_rows",
+            block.shuffle_rows,
+            not shuffles_wrongly(block.shuffle_rows),
+            "one more or fewer, for grain shuffles as many so that one row comes twice and one never",
+        ),
         (
             "data.batch_size",
             block.batch_size,

@@ -135,6 +135,11 @@ def document_dataset(
     return dataset.to_iter_dataset(options)
 
 
+def shuffles_wrongly(length: int) -> bool:
+    """Whether grain gives the first of so many elements twice, and the last never: 4**8 + 1, 4**9 + 1, ..."""
+    return length > 4**8 and (length - 1).bit_count() == 1 and length.bit_length() % 2 == 1
+
+
 def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
     """All elements in another order each epoch, for up to 2**48 of them: grain's order, where that is right.
 
@@ -145,7 +150,7 @@ def shuffled(dataset: grain.MapDataset, seed: int) -> grain.MapDataset:
       From 2**32 on the order is shuffled again.
     """
     length = len(dataset)
-    if length > 4**8 and (length - 1).bit_count() == 1 and length.bit_length() % 2:
+    if shuffles_wrongly(length):
         return grain.MapDataset.concatenate([shuffled(dataset[:-1], seed), dataset[-1:]])
     dataset = dataset.shuffle(seed=seed)
     return dataset if length < 2**32 else dataset.shuffle(seed=seed)
