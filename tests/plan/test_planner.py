@@ -123,6 +123,7 @@ def test_weights_and_moments_are_counted_by_their_shards(report):
 def test_text_json_and_picture(report, tmp_path):
     text = report.to_text()
     assert "fits" in text and "a step takes at least" in text and "layers/ffn/experts/w1" in text
+    assert "each host reads 8,192 of the step's 8,192 tokens" in text  # it has one
     report.write_json(tmp_path / "plan.json")
     read = json.loads((tmp_path / "plan.json").read_text())
     assert read["total"] == report.total and read["bound"]["limited_by"] in ("compute", "network", "memory")

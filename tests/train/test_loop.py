@@ -18,7 +18,7 @@ from fathom.mesh import batch_sharding, make_mesh
 from fathom.recipe import load_recipe
 from fathom.recipe_checks import RecipeError
 from fathom.step_folder import CheckpointError
-from fathom.train import checkpoint, data, loop, report
+from fathom.train import checkpoint, data, loop, report, streams
 from fathom.train.checkpoint_model import load_model
 from fathom.train.loop import NonFiniteError, train
 from fathom.train.metrics import read_metrics
@@ -300,7 +300,7 @@ def shards(tmp_path, mesh, owners):
     axes = {f"mesh__{axis}": mesh.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context")}
     recipe = make_recipe(tmp_path, **axes)
     sharding = batch_sharding(make_mesh(mesh), toy_model.TOY.preset("default"))
-    parts = loop.row_parts(recipe, SpreadOver(sharding, owners))
+    parts = streams.row_parts(recipe, SpreadOver(sharding, owners))
     order = sorted(set(parts.values()))
     return [(order.index(parts[process]), len(order)) for process in range(max(owners) + 1)]
 
@@ -320,6 +320,23 @@ def shards(tmp_path, mesh, owners):
 )
 def test_processes_read_the_rows_that_their_devices_hold(tmp_path, toy, mesh, owners, expected):
     assert shards(tmp_path, mesh, owners) == expected
+
+
+@pytest.mark.parametrize(
+    ("owners", "count", "rows"),
+    [
+        (range(8), None, 1),
+        (range(8), 4, 2),
+        (range(8), 1, 8),
+        ([0, 0, 0, 0, 1, 1, 1, 1], None, 4),
+        ([0, 0, 1, 1, 0, 0, 1, 1], None, 8),  # half of either stream
+        ([0, 0, 1, 1, 0, 0, 1, 1], 4, 4),
+    ],
+)
+def test_rows_that_a_process_reads_and_does_not_use_are_counted(tmp_path, toy, owners, count, rows):
+    recipe = make_recipe(tmp_path, mesh__data=1, mesh__fsdp=8, mesh__tensor=1, data__shards=count)
+    sharding = batch_sharding(make_mesh({"fsdp": 8}), toy_model.TOY.preset("default"))
+    assert streams.rows_read(recipe, SpreadOver(sharding, owners)) == rows
 
 
 @pytest.mark.parametrize(

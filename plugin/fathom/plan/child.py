@@ -26,6 +26,7 @@ from fathom.topology import parse_topology
 from fathom.train import optimizer
 from fathom.train.muon import muon_flops
 from fathom.train.step import Program, make_program
+from fathom.train.streams import rows_read
 from fathom.zoo import StepShape
 
 EXPERT_LOOP = "add_block"
@@ -117,6 +118,7 @@ def step_facts(program: Program, batch: Any, jaxpr: Any, recipe: Recipe) -> dict
         "parameters": sum(math.prod(x.shape) for x in weights) + _counted_state(state.model_state),
         "formula_parameters": spec.num_params(spec.config).total,
         "tokens": tokens,
+        "read_tokens": rows_read(recipe, program.batch_sharding) * recipe.data.sequence_length,
         "flops": count_jaxpr(jaxpr, platform="tpu", loops={EXPERT_LOOP: 1 / SLACK}),
         "formula_flops": spec.flops_per_token(spec.config, recipe.data.sequence_length) * tokens,
         "expected_flops": expected_flops(program, recipe),

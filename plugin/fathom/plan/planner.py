@@ -155,6 +155,7 @@ def make_report(recipe: Recipe, stage: str, topology: str, compiled: Compiled) -
         parameters=facts["parameters"],
         formula_parameters=facts["formula_parameters"],
         tokens=facts["tokens"],
+        read_tokens=facts["read_tokens"],
         flops=facts["flops"],
         model_flops=model_flops,
         remat=recipe.model.remat,

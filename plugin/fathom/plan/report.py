@@ -40,7 +40,8 @@ class PlanReport:
         formula_parameters: by the config. flops: of the program's matrix products in a step, loops counted as often as
         they run; expected_flops: what formulas say that they are, by purpose, "again" being recomputation, None for
         models and policies without them; model_flops: those of the model alone, None where the stage's are not known.
-        tokens: of a step. remat: the recipe's policy.
+        tokens: of a step; read_tokens: what one host makes of text for it, more than its share where rows lie over
+        several hosts. remat: the recipe's policy.
       traffic: collectives of one device. bound: None for a CPU. rows_of_parameters: see `fathom.plan.parameters`.
       seconds: to trace and compile. codegen: whether machine code was written too.
       advice: changes that were tried because it does not fit, with what they come to. largest_fit: of `--fit`.
@@ -64,6 +65,7 @@ class PlanReport:
     parameters: int
     formula_parameters: int
     tokens: int
+    read_tokens: int
     flops: float
     model_flops: float | None
     remat: str
@@ -166,6 +168,7 @@ class PlanReport:
                 + ("" if b.mfu is None else f",\n  and MFU is at most {b.mfu:.1%}")
                 + ". A bound from peak rates, not a prediction.",
             ]
+            lines.append(f"each host reads {self.read_tokens:,} of the step's {self.tokens:,} tokens")
             if self.steps:
                 lines.append(f"{self.steps:,} steps take at least {duration(self.days, self.chip_hours)}")
         return [*lines, *(f"not compiled: {text}" for text in self.not_compiled)]

@@ -33,7 +33,7 @@ from fathom.train.spike import SpikeError
 from fathom.train.state import TrainState
 from fathom.train.step import Program, init_state, make_program
 from fathom.train.stopping import StopSignal, Termination
-from fathom.train.streams import Rows, RowStreams
+from fathom.train.streams import RowStreams, row_parts
 from fathom.train.together import compile_together
 
 __all__ = ["NonFiniteError", "TrainResult", "train"]
@@ -302,40 +302,6 @@ def open_loader(recipe: Recipe, program: Program, split: str = "train") -> RowSt
         count=len(set(parts.values())),
         split=split,
     )
-
-
-def row_parts(recipe: Recipe, sharding: jax.sharding.Sharding) -> dict[int, Rows]:
-    """Process -> the rows of a batch that its devices hold.
-
-    Mesh axes that do not cut rows (`tensor`, `context`) may span processes: these hold the same part. A part need
-    not be contiguous: on a torus the devices of a host often are not neighbours in the mesh.
-
-    Args:
-      sharding: of the [B, S] arrays of a batch.
-
-    Raises:
-      RecipeError: when the parts of two processes overlap, or are not equally large.
-    """
-    shape = (recipe.data.batch_size, recipe.data.sequence_length)
-    rows: dict[int, set[tuple[int, int]]] = {}
-    for device, (block, _) in sharding.devices_indices_map(shape).items():
-        rows.setdefault(device.process_index, set()).add(block.indices(shape[0])[:2])
-    parts = {process: tuple(sorted(blocks)) for process, blocks in rows.items()}
-    blocks = [block for part in set(parts.values()) for block in part]
-    if len(set(blocks)) != len(blocks) or len({len(part) for part in parts.values()}) != 1:
-        shown = ", ".join(f"process {p}: {_ranges(blocks)}" for p, blocks in sorted(parts.items())[:4])
-        problem = Problem(
-            "mesh",
-            f"{dict(recipe.mesh.shape)}, whose devices hold these rows of a batch: {shown}",
-            "that any two processes hold the same rows or none in common, and all as many",
-            "change the mesh axes so that those that cut the batch split evenly over the processes",
-        )
-        raise RecipeError([problem], recipe.name)
-    return parts
-
-
-def _ranges(blocks: Rows) -> str:
-    return " and ".join(f"{start} to {stop - 1}" for start, stop in blocks)
 
 
 def next_batch(loader: RowStreams, step: int) -> dict[str, np.ndarray]:

@@ -15,8 +15,10 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from fathom.recipe_checks import Problem, RecipeError
 from fathom.train.data import Batch, DataError, Loader, batch_hash, make_loader
 
 logger = logging.getLogger(__name__)
@@ -176,6 +178,47 @@ class RowStreams:
                 "in the checkpoint; put the value back that it had"
             )
         return saved, count
+
+
+def row_parts(recipe: Any, sharding: jax.sharding.Sharding) -> dict[int, Rows]:
+    """Process -> the rows of a batch that its devices hold.
+
+    Mesh axes that do not cut rows (`tensor`, `context`) may span processes: these hold the same part. A part need
+    not be contiguous: on a torus the devices of a host often are not neighbours in the mesh.
+
+    Args:
+      sharding: of the [B, S] arrays of a batch.
+
+    Raises:
+      RecipeError: when the parts of two processes overlap, or are not equally large.
+    """
+    shape = (recipe.data.batch_size, recipe.data.sequence_length)
+    rows: dict[int, set[tuple[int, int]]] = {}
+    for device, (block, _) in sharding.devices_indices_map(shape).items():
+        rows.setdefault(device.process_index, set()).add(block.indices(shape[0])[:2])
+    parts = {process: tuple(sorted(blocks)) for process, blocks in rows.items()}
+    blocks = [block for part in set(parts.values()) for block in part]
+    if len(set(blocks)) != len(blocks) or len({len(part) for part in parts.values()}) != 1:
+        shown = ", ".join(f"process {p}: {_ranges(blocks)}" for p, blocks in sorted(parts.items())[:4])
+        problem = Problem(
+            "mesh",
+            f"{dict(recipe.mesh.shape)}, whose devices hold these rows of a batch: {shown}",
+            "that any two processes hold the same rows or none in common, and all as many",
+            "change the mesh axes so that those that cut the batch split evenly over the processes",
+        )
+        raise RecipeError([problem], recipe.name)
+    return parts
+
+
+def _ranges(blocks: Rows) -> str:
+    return " and ".join(f"{start} to {stop - 1}" for start, stop in blocks)
+
+
+def rows_read(recipe: Any, sharding: jax.sharding.Sharding) -> int:
+    """Of how many rows the process that reads most makes the tokens for a step, those that it does not use included."""
+    parts = row_parts(recipe, sharding)
+    length = recipe.data.batch_size // (recipe.data.shards or len(set(parts.values())))
+    return max(len(_reached(rows, length)) for rows in parts.values()) * length
 
 
 def _complete(states: Sequence[Any]) -> tuple[dict[int, Any], int]:
