@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from fathom.recipe import Recipe, RecipeError
 from tests.train.toy_model import TOY
 
 SPEC = dataclasses.replace(TOY, name="toy-for-recipes")
@@ -40,3 +42,14 @@ def write_recipe(folder: Path, values: dict[str, Any], name: str = "small") -> P
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return path
+
+
+def recipe_with(**changes) -> Recipe:
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    return Recipe.model_validate(changed({"name": "small", **SMALL}, flat))
+
+
+def problems_of(call, *arguments):
+    with pytest.raises(RecipeError) as caught:
+        call(*arguments)
+    return {problem.key: problem for problem in caught.value.problems}

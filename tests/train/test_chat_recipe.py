@@ -14,8 +14,7 @@ from fathom.recipe import Recipe, load_recipe
 from fathom.recipe_stages import stage_recipes
 from fathom.topology import parse_topology
 from fathom.train.data import make_loader
-from tests.train.small_recipe import SPEC
-from tests.train.test_recipe import problems_of, recipe_with
+from tests.train.small_recipe import SPEC, problems_of, recipe_with
 from tests.train.test_tokenizers import train_bpe
 
 

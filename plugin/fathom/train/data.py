@@ -146,7 +146,7 @@ class Loader:
             "shard_count": shard_count,
             "shard_index": shard_index,
         }
-        self._earlier: list[dict[str, Any]] = []  # what stages before have read of other documents, see _readings
+        self._earlier: list[dict[str, Any]] = []  # what stages before have read of other documents, see _reading
         self._source = (ChatSource if self._marked else TokenSource)(documents, indices, tokenizer)
         self.begin(0)
 
